@@ -1,0 +1,217 @@
+"""The saved assistant: what was trained, and pinned references to what was not.
+
+    bundle.json             profile, recipe, versions, data hashes, metrics, feature fingerprint
+    connector.safetensors   the connector's weights
+    adapter/                the LoRA adapter in peft's own format, if one was trained
+    vision/                 CLIP weights, if they are not to be had elsewhere
+    language/               LM weights, if they are not to be had elsewhere (imported checkpoints)
+    tokenizer/              the tokenizer
+    manifest.json           sha256 of every file above; checked whenever a bundle is opened
+
+safetensors only; nothing in a bundle is unpickled.
+"""
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmllm_core.artifact import STAMP, building
+from mmllm_core.config import PathSource, Profile, Source, StrictModel
+from mmllm_core.errors import BundleError
+from mmllm_core.models.home import home
+from mmllm_core.models.resolve import resolve
+from mmllm_core.vision import ClipEncoder, file_sha256
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from mmllm_core.model import MultimodalLM
+
+FORMAT = 1
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "open_clip_torch", "mmllm")
+
+
+class BundleInfo(StrictModel):
+    """`bundle.json`."""
+
+    format: int = FORMAT
+    name: str
+    profile: Profile
+    """As resolved: sources inside the bundle are relative paths."""
+    d_vision: int
+    n_patches: int
+    feature_fingerprint: str
+    recipe: dict[str, Any] = {}
+    data: dict[str, str] = {}
+    metrics: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: verified, nothing loaded yet."""
+
+    folder: Path
+    info: BundleInfo
+
+    @classmethod
+    def open(cls, folder: Path) -> "Bundle":
+        """Open and verify a bundle.
+
+        Raises:
+            BundleError: not a bundle, of another format, incomplete, or altered.
+        """
+        manifest = _read_json(folder, "manifest.json")
+        for name, digest in manifest.items():
+            if not (folder / name).is_file():
+                raise BundleError(f"{folder}: '{name}' is missing: train or import the bundle again")
+            if file_sha256(folder / name) != digest:
+                raise BundleError(f"{folder}: '{name}' was altered (sha256 differs): train or import the bundle again")
+        values = _read_json(folder, "bundle.json")
+        if values.get("format") != FORMAT:
+            raise BundleError(f"{folder}: bundle format {values.get('format')} and this mmllm reads format {FORMAT}")
+        return cls(folder, BundleInfo.model_validate(values))
+
+    @classmethod
+    def latest(cls) -> "Bundle":
+        """The bundle that was made last on this machine.
+
+        Raises:
+            BundleError: none was made yet.
+        """
+        pointer = bundles_folder() / "latest"
+        if not pointer.is_file():
+            raise BundleError(f"{pointer.parent}: no bundle yet: run 'make demo', or 'mmllm train embedded-instruct'")
+        return cls.open(pointer.parent / pointer.read_text(encoding="utf-8").strip())
+
+    @property
+    def profile(self) -> Profile:
+        """Which weights the assistant is made of."""
+        return self.info.profile
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The LM's tokenizer, with its chat template."""
+        from mmllm_core.language import load_tokenizer
+
+        return load_tokenizer(self.folder / "tokenizer")
+
+    def weights(self, source: Source) -> Path:
+        """Local folder of one of the profile's sources."""
+        return resolve(source, relative_to=self.folder)
+
+    def load_vision(self, device: str = "cpu") -> ClipEncoder:
+        """Load the CLIP encoder.
+
+        Raises:
+            BundleError: the weights give other features than the connector was trained on.
+        """
+        encoder = ClipEncoder(self.profile.vision, self.weights(self.profile.vision.source), device)
+        if encoder.fingerprint != self.info.feature_fingerprint:
+            raise BundleError(
+                f"{self.folder}: the CLIP weights have fingerprint {encoder.fingerprint} and the connector was trained "
+                f"on {self.info.feature_fingerprint}"
+            )
+        return encoder
+
+    def load_model(self, device: str = "cpu") -> "MultimodalLM":
+        """Load LM, adapter and connector, frozen and in eval mode."""
+        from safetensors.torch import load_file
+
+        from mmllm_core.connectors import build_connector
+        from mmllm_core.language import load_adapter, load_language_model
+        from mmllm_core.model import MultimodalLM
+
+        lm: nn.Module = load_language_model(self.profile.language, self.weights(self.profile.language.source), device)
+        d_model = int(lm.config.hidden_size)
+        connector = build_connector(self.profile.connector, self.info.d_vision, d_model)
+        connector.load_state_dict(load_file(self.folder / "connector.safetensors"))
+        if (self.folder / "adapter").is_dir():
+            lm = load_adapter(lm, self.folder / "adapter")
+        return MultimodalLM(lm, connector.to(device)).eval().requires_grad_(False)
+
+
+def save_bundle(
+    info: BundleInfo,
+    model: "MultimodalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    vision_weights: Path | None = None,
+    language_weights: Path | None = None,
+    make_latest: bool = True,
+) -> Bundle:
+    """Write a bundle into the bundles folder and open it again.
+
+    Args:
+        vision_weights, language_weights: folders to copy in, for weights that are not to be had elsewhere; the
+            profile's source then points into the bundle.
+        make_latest: whether `mmllm serve` starts from it.
+
+    Raises:
+        BundleError: a trainable parameter would be left out.
+    """
+    from safetensors.torch import save_file
+
+    profile = info.profile
+    if vision_weights:
+        profile = profile.model_copy(update={"vision": _rebased(profile.vision, "vision")})
+    if language_weights:
+        profile = profile.model_copy(update={"language": _rebased(profile.language, "language")})
+    versions = {name: version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    info = info.model_copy(update={"profile": profile, "versions": versions})
+
+    folder = bundles_folder() / info.name
+    with building(folder, {"bundle": info.name}) as scratch:
+        saved = {f"connector.{name}" for name in model.connector.state_dict()}
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in model.connector.state_dict().items()},
+            scratch / "connector.safetensors",
+        )
+        if hasattr(model.lm, "peft_config"):
+            model.lm.save_pretrained(scratch / "adapter", safe_serialization=True)
+            saved |= {f"lm.{name}" for name in _adapter_names(model)}
+        if left_out := model.trainable_names() - saved:
+            raise BundleError(f"trained parameters would be left out of the bundle: {', '.join(sorted(left_out)[:3])}")
+        tokenizer.save_pretrained(scratch / "tokenizer")
+        for name, weights in (("vision", vision_weights), ("language", language_weights)):
+            if weights:
+                shutil.copytree(weights, scratch / name, ignore=shutil.ignore_patterns(STAMP))
+        (scratch / "bundle.json").write_text(info.model_dump_json(indent=2), encoding="utf-8")
+        files = sorted(p for p in scratch.rglob("*") if p.is_file())
+        manifest = {p.relative_to(scratch).as_posix(): file_sha256(p) for p in files}
+        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    if make_latest:
+        (bundles_folder() / "latest").write_text(info.name, encoding="utf-8")
+    return Bundle.open(folder)
+
+
+def bundles_folder() -> Path:
+    """Where bundles are kept."""
+    return home() / "bundles"
+
+
+def _adapter_names(model: "MultimodalLM") -> set[str]:
+    from peft import get_peft_model_state_dict
+
+    saved = get_peft_model_state_dict(model.lm)
+    # peft leaves the adapter's own name ("default") out of the keys that it saves.
+    return {name.replace(".weight", ".default.weight") for name in saved}
+
+
+def _rebased(part: Any, folder: str) -> Any:
+    return part.model_copy(update={"source": PathSource(path=Path(folder))})
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BundleError(f"{folder}: is not a bundle ('{name}' is missing)") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{folder}: '{name}' cannot be read: {error}") from error

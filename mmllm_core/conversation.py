@@ -1,0 +1,191 @@
+"""Chat messages -> token spans -> labels: the one renderer of training and serving.
+
+In: messages of text, image and speech parts, and any tokenizer with a chat template.
+Out: token ids in which every image is a run of `IMAGE_TOKEN_ID`, and labels that supervise what the
+assistant says and its end-of-turn token. Does not know features, connectors or models.
+
+The chat template is rendered once with a marker in place of each message's content. What lies between
+markers is scaffold, tokenized with special tokens; contents are tokenized with special tokens split,
+so that text typed by a user never becomes a control token. Labels follow the spans: nothing is
+tokenized twice and nothing is searched for.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from mmllm_core.errors import ConversationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IMAGE_TOKEN_ID = -200
+"""Stands where a feature will be spliced in; never a row of the embedding matrix (as in LLaVA)."""
+IGNORE_INDEX = -100
+"""Label of a position that is not supervised (as in torch's cross-entropy)."""
+
+_MARKER = re.compile("\ue000(\\d+)\ue001")
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """Text that was typed."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image; the i-th image part of a conversation belongs to the i-th feature."""
+
+
+@dataclass(frozen=True)
+class SpeechPart:
+    """Text that was heard. Rendered like typed text, so that a spoken question meets what was trained."""
+
+    transcript: str
+
+
+Part = TextPart | ImagePart | SpeechPart
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def text(cls, role: Role, text: str) -> "Message":
+        """A turn of text alone."""
+        return cls(role, (TextPart(text),))
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids and labels of one conversation, both of length t; images are runs of `IMAGE_TOKEN_ID`."""
+
+    input_ids: list[int]
+    labels: list[int]
+    n_images: int
+
+    @property
+    def n_supervised(self) -> int:
+        """How many positions carry a label."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
+
+def render(
+    messages: Sequence[Message],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    n_image_tokens: int,
+    max_length: int,
+    generation_prompt: bool,
+) -> Rendered:
+    """Render a conversation for the LM.
+
+    Args:
+        n_image_tokens: LM positions an image takes, i.e. the rows that the connector returns for it.
+        max_length: longest sequence allowed, images included.
+        generation_prompt: True to end where the assistant begins to speak (serving), False to end after
+            its last turn (training).
+
+    Raises:
+        ConversationError: no messages, a turn out of order, a template that drops a turn, or a
+            conversation longer than `max_length`.
+    """
+    _check_turns(messages)
+    scaffolds, order = _scaffold(messages, tokenizer, generation_prompt)
+    input_ids: list[int] = []
+    labels: list[int] = []
+
+    def append(ids: list[int], n_supervised: int) -> None:
+        input_ids.extend(ids)
+        labels.extend(ids[:n_supervised] + [IGNORE_INDEX] * (len(ids) - n_supervised))
+
+    end_of_turn_is_supervised = False
+    for i, scaffold in enumerate(scaffolds):
+        ids = tokenizer(scaffold, add_special_tokens=False).input_ids
+        append(ids, _end_of_turn_length(ids, tokenizer) if end_of_turn_is_supervised else 0)
+        if i < len(order):
+            message = messages[order[i]]
+            content = _content_ids(message, tokenizer, n_image_tokens)
+            end_of_turn_is_supervised = message.role == "assistant"
+            append(content, len(content) if end_of_turn_is_supervised else 0)
+
+    if len(input_ids) > max_length:
+        raise ConversationError(
+            f"the conversation takes {len(input_ids)} tokens, images included, and at most {max_length} fit: "
+            "shorten it or send fewer images",
+            "messages",
+        )
+    return Rendered(input_ids, labels, sum(isinstance(p, ImagePart) for m in messages for p in m.parts))
+
+
+def _check_turns(messages: Sequence[Message]) -> None:
+    if not messages:
+        raise ConversationError("the conversation has no messages", "messages")
+    for i, message in enumerate(messages):
+        if message.role == "system" and i > 0:
+            raise ConversationError("a system message must come first", f"messages.{i}.role")
+        if message.role == "assistant" and any(isinstance(part, ImagePart) for part in message.parts):
+            raise ConversationError("an assistant message cannot hold an image", f"messages.{i}.content")
+        if not any(isinstance(part, ImagePart) or _part_text(part) for part in message.parts):
+            raise ConversationError(f"message {i} is empty", f"messages.{i}.content")
+
+
+def _scaffold(
+    messages: Sequence[Message], tokenizer: "PreTrainedTokenizerBase", generation_prompt: bool
+) -> tuple[list[str], list[int]]:
+    """Text around the contents (n + 1 pieces) and the order in which the template places the n contents."""
+    marked = [{"role": m.role, "content": f"\ue000{i}\ue001"} for i, m in enumerate(messages)]
+    try:
+        text = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception as error:  # jinja raises what the template's author chose
+        raise ConversationError(f"the chat template refuses this conversation: {error}", "messages") from error
+    pieces = _MARKER.split(str(text))
+    order = [int(index) for index in pieces[1::2]]
+    if order != list(range(len(messages))):
+        raise ConversationError("the chat template does not place every message once and in order", "messages")
+    return pieces[0::2], order
+
+
+def _content_ids(message: Message, tokenizer: "PreTrainedTokenizerBase", n_image_tokens: int) -> list[int]:
+    """Ids of a turn's content; parts stand on lines of their own, as `<image>\\nquestion` in LLaVA."""
+    ids: list[int] = []
+    run = ""
+    for i, part in enumerate(p for p in message.parts if isinstance(p, ImagePart) or _part_text(p)):
+        if i > 0:
+            run += "\n"
+        if isinstance(part, ImagePart):
+            ids += _text_ids(run, tokenizer) + [IMAGE_TOKEN_ID] * n_image_tokens
+            run = ""
+        else:
+            run += _part_text(part)
+    return ids + _text_ids(run, tokenizer)
+
+
+def _part_text(part: TextPart | SpeechPart | ImagePart) -> str:
+    if isinstance(part, TextPart):
+        return part.text.strip()
+    return part.transcript.strip() if isinstance(part, SpeechPart) else ""
+
+
+def _text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
+
+
+def _end_of_turn_length(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Tokens of a scaffold up to and including its first special token, which ends the assistant's turn."""
+    special = set(tokenizer.all_special_ids)
+    return next((i + 1 for i, token in enumerate(ids) if token in special or _is_added(token, tokenizer)), 0)
+
+
+def _is_added(token: int, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added is not None and added.special

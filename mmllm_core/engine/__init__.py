@@ -1,0 +1,1 @@
+"""Engines: prompt embeddings -> streamed text, behind one protocol."""

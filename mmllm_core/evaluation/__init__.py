@@ -1,0 +1,1 @@
+"""Measuring answers: accuracy by kind of question, tables and plots."""

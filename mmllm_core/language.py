@@ -1,0 +1,129 @@
+"""Phi and any other Hugging Face causal LM: loading, NF4, LoRA, the tokenizer and its chat template.
+
+In: a folder with safetensors weights and a tokenizer. Out: a frozen LM, optionally quantized and with a
+LoRA adapter. Does not know images; embeddings reach the LM through `inputs_embeds`.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mmllm_core.config import LanguageConfig, LoraConfig
+from mmllm_core.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LORA_TARGETS: dict[str, tuple[str, ...]] = {
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+}
+"""Linear layers that LoRA adapts, by `model_type`: all of a block's, as QLoRA advises (arXiv:2305.14314)."""
+
+PHI2_CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'Instruct: ' + m.content + '\\n' }}"
+    "{% elif m.role == 'assistant' %}{{ 'Output: ' + m.content + eos_token + '\\n' }}"
+    "{% else %}{{ m.content + '\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Output: ' }}{% endif %}"
+)
+"""The instruct format of phi-2's model card, for tokenizers that carry no chat template."""
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer; one without a chat template gets phi-2's.
+
+    Raises:
+        WeightsError: the folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder}: holds no tokenizer that can be loaded: {error}") from error
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PHI2_CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu") -> "PreTrainedModel":
+    """Load a frozen causal LM in eval mode, quantized to NF4 where the config says so.
+
+    NF4 follows QLoRA: double quantization, bf16 storage so that ZeRO can shard it.
+
+    Raises:
+        WeightsError: the folder holds no weights that fit.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = getattr(torch, config.dtype)
+    quantization = None
+    if config.quantization == "nf4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=torch.bfloat16,
+        )
+    try:
+        lm = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization,
+            device_map={"": device},
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{folder}: holds no causal LM that can be loaded: {error}") from error
+    _disable_cpu_repacking(lm)
+    return lm.eval().requires_grad_(False)
+
+
+def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:
+    """Wrap the LM with a fresh, trainable LoRA adapter (a `peft.PeftModel`).
+
+    Raises:
+        ConfigError: the architecture is not in `LORA_TARGETS` and the config names no target modules.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    targets = config.target_modules or LORA_TARGETS.get(lm.config.model_type)
+    if targets is None:
+        known = ", ".join(sorted(LORA_TARGETS))
+        raise ConfigError(
+            f"lora.target_modules: give them, for '{lm.config.model_type}' has no default (known: {known})"
+        )
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(lm, peft_config)
+
+
+def load_adapter(lm: "PreTrainedModel", folder: Path) -> nn.Module:
+    """Wrap the LM with a saved adapter, frozen."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(lm, folder, is_trainable=False).eval()
+
+
+def _disable_cpu_repacking(lm: nn.Module) -> None:
+    """Keep bitsandbytes from repacking NF4 weights in place after an eval-mode forward on AVX512-BF16 CPUs.
+
+    The repacked weights no longer dequantize to what they were, so training after an evaluation would
+    silently run on a corrupted base.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in lm.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

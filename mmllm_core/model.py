@@ -1,0 +1,109 @@
+"""MultimodalLM: features and tokens -> inputs_embeds -> loss or text.
+
+In: a collated batch (`mmllm_core.data.collate.Batch`). Out: the summed loss over supervised positions, or
+greedy token ids. Does not know images, files, Ray or DeepSpeed.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmllm_core.connectors import MlpConnector
+from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+
+
+class MultimodalLM(nn.Module):
+    """A causal LM that sees through a connector.
+
+    Args:
+        lm: a Hugging Face causal LM, plain or wrapped by peft.
+        connector: features (b, n, d_vision) -> embeddings (b, m, d_model).
+    """
+
+    def __init__(self, lm: nn.Module, connector: MlpConnector):
+        super().__init__()
+        self.lm = lm
+        self.connector = connector
+
+    @property
+    def causal_lm(self) -> Any:
+        """The Hugging Face model beneath peft, if any; adapters act inside it."""
+        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+
+    def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
+        """Embed tokens and splice projected features over the image positions.
+
+        Args:
+            input_ids: int64 (b, t), images as runs of `IMAGE_TOKEN_ID`.
+            features: (n_images, n, d_vision) in order of appearance, or None without images.
+
+        Returns:
+            (b, t, d_model).
+
+        Raises:
+            ValueError: image positions and features do not match in number.
+        """
+        is_image = input_ids == IMAGE_TOKEN_ID  # (b, t)
+        embeddings = self.causal_lm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (b, t, d_model)
+        n_positions = int(is_image.sum())
+        if features is None:
+            if n_positions:
+                raise ValueError(f"{n_positions} image positions and no features")
+            return embeddings
+        projected = self.connector(features).flatten(0, 1).to(embeddings.dtype)  # (n_images * m, d_model)
+        if n_positions != projected.shape[0]:
+            raise ValueError(f"{n_positions} image positions and {projected.shape[0]} projected features")
+        return embeddings.masked_scatter(is_image.unsqueeze(-1), projected)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+        """Cross-entropy summed over supervised positions; logits are computed there and nowhere else.
+
+        Args:
+            input_ids, attention_mask, labels: int64 (b, t), padded on the right.
+            features: (n_images, n, d_vision) or None.
+
+        Returns:
+            float32 scalar: the sum, so that callers normalise by a global count of supervised tokens.
+        """
+        embeddings = self.embed(input_ids, features)
+        hidden = self.causal_lm.model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # (b, t, d_model)
+        targets = labels[:, 1:]  # position i predicts token i + 1
+        supervised = targets != IGNORE_INDEX
+        logits = self.causal_lm.lm_head(hidden[:, :-1][supervised])  # (n_supervised, vocab)
+        return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        features: Tensor | None,
+        *,
+        max_new_tokens: int,
+        stop_ids: list[int],
+    ) -> Tensor:
+        """Greedy decoding of a batch padded on the left.
+
+        Returns:
+            int64 (b, n_new) of new tokens alone, `n_new <= max_new_tokens`.
+        """
+        return self.causal_lm.generate(
+            inputs_embeds=self.embed(input_ids, features),
+            attention_mask=attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+        )
+
+    def trainable_names(self) -> set[str]:
+        """The trainable manifest: names of parameters that training moves and a bundle must hold."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def parameters_of(self, part: str) -> Iterator[nn.Parameter]:
+        """Trainable parameters of `connector` or `lm`."""
+        return (p for p in getattr(self, part).parameters() if p.requires_grad)

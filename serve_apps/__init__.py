@@ -1,0 +1,1 @@
+"""Ray Serve: CLIP, Whisper and Phi deployments behind an OpenAI-style API."""

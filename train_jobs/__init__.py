@@ -1,0 +1,1 @@
+"""Ray Data and Ray Train jobs; each runs under `ray job submit` and from the `mmllm` command."""
