@@ -64,5 +64,5 @@ def require_free_disk(place: Path, gigabytes: float, what: str) -> None:
     free = shutil.disk_usage(existing).free / 1e9
     if free < gigabytes:
         raise EnvironmentLack(
-            f"{existing}: {free:.1f} GB free and {what} needs {gigabytes:g} GB: free space or point MMLLM_HOME elsewhere"
+            f"{existing}: {free:.1f} GB free and {what} needs {gigabytes:g} GB: free space or set MMLLM_HOME"
         )

@@ -14,11 +14,14 @@ safetensors only; nothing in a bundle is unpickled.
 import json
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
 
 from mmllm_core.artifact import STAMP, building
 from mmllm_core.config import PathSource, Profile, Source, StrictModel
@@ -31,10 +34,14 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from mmllm_core.connectors import MlpConnector
     from mmllm_core.model import MultimodalLM
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "open_clip_torch", "mmllm")
+
+WeightsSource = Path | Callable[[Path], None]
+"""Weights that a bundle carries: a folder to copy, or a function that writes them into the folder it is given."""
 
 
 class BundleInfo(StrictModel):
@@ -47,10 +54,10 @@ class BundleInfo(StrictModel):
     d_vision: int
     n_patches: int
     feature_fingerprint: str
-    recipe: dict[str, Any] = {}
-    data: dict[str, str] = {}
-    metrics: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    recipe: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, str] = Field(default_factory=dict)
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ class Bundle:
         from mmllm_core.language import load_adapter, load_language_model
         from mmllm_core.model import MultimodalLM
 
-        lm: nn.Module = load_language_model(self.profile.language, self.weights(self.profile.language.source), device)
+        lm: Any = load_language_model(self.profile.language, self.weights(self.profile.language.source), device)
         d_model = int(lm.config.hidden_size)
         connector = build_connector(self.profile.connector, self.info.d_vision, d_model)
         connector.load_state_dict(load_file(self.folder / "connector.safetensors"))
@@ -139,18 +146,20 @@ class Bundle:
 
 def save_bundle(
     info: BundleInfo,
-    model: "MultimodalLM",
+    connector: "MlpConnector",
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    vision_weights: Path | None = None,
-    language_weights: Path | None = None,
+    adapter: "nn.Module | None" = None,
+    vision_weights: WeightsSource | None = None,
+    language_weights: WeightsSource | None = None,
     make_latest: bool = True,
 ) -> Bundle:
-    """Write a bundle into the bundles folder and open it again.
+    """Write a bundle into the bundles folder and open it again. The LM itself need not be in memory.
 
     Args:
-        vision_weights, language_weights: folders to copy in, for weights that are not to be had elsewhere; the
-            profile's source then points into the bundle.
+        adapter: the LM as peft wrapped it (`MultimodalLM.adapter`), or None if no adapter was trained.
+        vision_weights, language_weights: weights that are not to be had elsewhere; the profile's source then
+            points into the bundle.
         make_latest: whether `mmllm serve` starts from it.
 
     Raises:
@@ -168,20 +177,14 @@ def save_bundle(
 
     folder = bundles_folder() / info.name
     with building(folder, {"bundle": info.name}) as scratch:
-        saved = {f"connector.{name}" for name in model.connector.state_dict()}
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in model.connector.state_dict().items()},
-            scratch / "connector.safetensors",
-        )
-        if hasattr(model.lm, "peft_config"):
-            model.lm.save_pretrained(scratch / "adapter", safe_serialization=True)
-            saved |= {f"lm.{name}" for name in _adapter_names(model)}
-        if left_out := model.trainable_names() - saved:
-            raise BundleError(f"trained parameters would be left out of the bundle: {', '.join(sorted(left_out)[:3])}")
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in connector.state_dict().items()}
+        save_file(state, scratch / "connector.safetensors")
+        if adapter is not None:
+            _save_adapter(adapter, scratch / "adapter")
         tokenizer.save_pretrained(scratch / "tokenizer")
         for name, weights in (("vision", vision_weights), ("language", language_weights)):
             if weights:
-                shutil.copytree(weights, scratch / name, ignore=shutil.ignore_patterns(STAMP))
+                _place_weights(weights, scratch / name)
         (scratch / "bundle.json").write_text(info.model_dump_json(indent=2), encoding="utf-8")
         files = sorted(p for p in scratch.rglob("*") if p.is_file())
         manifest = {p.relative_to(scratch).as_posix(): file_sha256(p) for p in files}
@@ -196,12 +199,23 @@ def bundles_folder() -> Path:
     return home() / "bundles"
 
 
-def _adapter_names(model: "MultimodalLM") -> set[str]:
+def _save_adapter(adapter: Any, folder: Path) -> None:
     from peft import get_peft_model_state_dict
 
-    saved = get_peft_model_state_dict(model.lm)
+    adapter.save_pretrained(folder, safe_serialization=True)
     # peft leaves the adapter's own name ("default") out of the keys that it saves.
-    return {name.replace(".weight", ".default.weight") for name in saved}
+    saved = {name.replace(".weight", ".default.weight") for name in get_peft_model_state_dict(adapter)}
+    trained = {name for name, parameter in adapter.named_parameters() if parameter.requires_grad}
+    if left_out := trained - saved:
+        raise BundleError(f"trained parameters would be left out of the bundle: {', '.join(sorted(left_out)[:3])}")
+
+
+def _place_weights(weights: WeightsSource, folder: Path) -> None:
+    if isinstance(weights, Path):
+        shutil.copytree(weights, folder, ignore=shutil.ignore_patterns(STAMP))
+    else:
+        folder.mkdir()
+        weights(folder)
 
 
 def _rebased(part: Any, folder: str) -> Any:

@@ -30,7 +30,13 @@ class MultimodalLM(nn.Module):
     @property
     def causal_lm(self) -> Any:
         """The Hugging Face model beneath peft, if any; adapters act inside it."""
-        return self.lm.get_base_model() if hasattr(self.lm, "get_base_model") else self.lm
+        lm: Any = self.lm
+        return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+
+    @property
+    def adapter(self) -> nn.Module | None:
+        """The LM as peft wrapped it, or None without an adapter."""
+        return self.lm if hasattr(self.lm, "peft_config") else None
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
         """Embed tokens and splice projected features over the image positions.

@@ -45,7 +45,7 @@ def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
             if image.width * image.height > max_pixels:
                 raise ImageError(
                     f"the image has {image.width}x{image.height} pixels and at most {max_pixels} are allowed: "
