@@ -5,11 +5,12 @@ Out: token ids in which every image is a run of `IMAGE_TOKEN_ID`, and labels tha
 assistant says and its end-of-turn token. Does not know features, connectors or models.
 
 The chat template is rendered once with a marker in place of each message's content. What lies between
-markers is scaffold, tokenized with special tokens; contents are tokenized with special tokens split,
-so that text typed by a user never becomes a control token. Labels follow the spans: nothing is
+markers is scaffold, tokenized with its control tokens; contents are cut inside whatever spells a control
+token, so that text typed by a user never becomes one. Labels follow the spans: nothing is
 tokenized twice and nothing is searched for.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ IGNORE_INDEX = -100
 """Label of a position that is not supervised (as in torch's cross-entropy)."""
 
 _MARKER = re.compile("\ue000(\\d+)\ue001")
+_MARKUP = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
+"""How control tokens look that a tokenizer does not mark as special; runs of spaces do not look so."""
 
 Role = Literal["system", "user", "assistant"]
 
@@ -177,7 +180,19 @@ def _part_text(part: TextPart | SpeechPart | ImagePart) -> str:
 
 
 def _text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids if text else []
+    """Ids of text that was typed: whatever it spells, no control token is among them.
+
+    Text is cut after the first character of each control token that it spells, and the pieces are tokenized apart.
+    transformers' `split_special_tokens` would leave tokens such as Phi-4's `<|tool|>` whole, which are not marked as
+    special, and it is a switch on the tokenizer itself: threads that render at once would flip it for each other.
+    """
+    if not text:
+        return []
+    added = tokenizer.added_tokens_decoder.values()
+    control = [re.escape(t.content) for t in added if t.special or _MARKUP.fullmatch(t.content)]
+    cuts = [match.start() + 1 for match in re.finditer(f"(?={'|'.join(control)})", text)] if control else []
+    bounds = itertools.pairwise([0, *cuts, len(text)])
+    return [i for at, end in bounds for i in tokenizer(text[at:end], add_special_tokens=False).input_ids]
 
 
 def _end_of_turn_length(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:

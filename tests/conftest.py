@@ -1,0 +1,168 @@
+"""Models small enough to build in a test: tokenizers, causal LMs, a CLIP vision tower, and a home of the test's own."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful AI assistant<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""As SmolLM2: with a system message of its own."""
+
+PHI3 = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""As Phi-3: training text ends in another token than a turn does."""
+
+PHI4 = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""As Phi-4-mini: nothing between control tokens and contents."""
+
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' "
+    "+ message['content'] | trim + '<|eot_id|>' %}{% if loop.first %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+"""As Llama 3: BOS, and contents trimmed by the template."""
+
+CHAT_TEMPLATES = {"chatml": CHATML, "phi3": PHI3, "phi4": PHI4, "llama3": LLAMA3}
+
+CONTROL_TOKENS = (
+    "<|endoftext|>",
+    "<|begin_of_text|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+
+VOCABULARY = 400
+"""Rows of every tiny LM's embeddings: more than the tokenizer uses."""
+
+TinyLM = Callable[..., Any]
+MakeTokenizer = Callable[[str | None], Any]
+
+
+@pytest.fixture(autouse=True)
+def _home_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's own cache."""
+    monkeypatch.setenv("MMLLM_HOME", str(tmp_path / "mmllm-home"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline() -> None:
+    """No test reaches the hub."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> MakeTokenizer:
+    """Build a byte-level BPE tokenizer with the control tokens of several families.
+
+    Its chat template is given by name (of `CHAT_TEMPLATES`), in full, or as None.
+    """
+
+    def build(chat_template: str | None) -> Any:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=list(CONTROL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(["What colour is the circle?", "The circle is blue.", "What is there?"], trainer)
+        backend.add_tokens([AddedToken("<|tool|>", special=False, normalized=False), AddedToken("    ", special=False)])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            bos_token="<|begin_of_text|>",
+            eos_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+            clean_up_tokenization_spaces=False,
+        )
+        tokenizer.chat_template = CHAT_TEMPLATES.get(chat_template or "", chat_template)
+        return tokenizer
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer: MakeTokenizer) -> Any:
+    """A ChatML tokenizer; do not change it."""
+    return make_tokenizer("chatml")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> TinyLM:
+    """Build a random causal LM in float32 by `model_type`: phi (phi-2), phi3 or llama; same seed, same weights."""
+
+    def build(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(tiny_lm_config(model_type, **changes)).eval()
+
+    return build
+
+
+def tiny_lm_config(model_type: str, **changes: Any) -> Any:
+    """Config of a tiny LM; weights are wide enough apart that outputs differ visibly."""
+    from transformers import AutoConfig
+
+    values = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if model_type == "phi" else 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.1,
+        "bos_token_id": 1,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model(model_type, **(values | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Save a random CLIP vision tower in open_clip's folder layout: 32 px, patch 8, width 32, 3 blocks."""
+
+    def build(*, seed: int = 0, quick_gelu: bool = False) -> Path:
+        import json
+
+        from open_clip.model import _build_vision_tower
+        from safetensors.torch import save_file
+
+        vision_cfg = {"image_size": 32, "patch_size": 8, "width": 32, "head_width": 16, "layers": 3}
+        torch.manual_seed(seed)
+        tower = _build_vision_tower(16, vision_cfg, quick_gelu)
+        folder = tmp_path_factory.mktemp("clip")
+        save_file({f"visual.{k}": v for k, v in tower.state_dict().items()}, folder / "open_clip_model.safetensors")
+        clip_config = {"model_cfg": {"embed_dim": 16, "quick_gelu": quick_gelu, "vision_cfg": vision_cfg}}
+        (folder / "open_clip_config.json").write_text(json.dumps(clip_config | {"preprocess_cfg": {"size": 32}}))
+        return folder
+
+    return build
