@@ -149,7 +149,7 @@ def save_bundle(
     connector: "MlpConnector",
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    adapter: "nn.Module | None" = None,
+    adapter: "nn.Module | Path | None" = None,
     vision_weights: WeightsSource | None = None,
     language_weights: WeightsSource | None = None,
     make_latest: bool = True,
@@ -157,7 +157,8 @@ def save_bundle(
     """Write a bundle into the bundles folder and open it again. The LM itself need not be in memory.
 
     Args:
-        adapter: the LM as peft wrapped it (`MultimodalLM.adapter`), or None if no adapter was trained.
+        adapter: the LM as peft wrapped it (`MultimodalLM.adapter`), or a folder in which `save_adapter` put one, or
+            None if no adapter was trained.
         vision_weights, language_weights: weights that are not to be had elsewhere; the profile's source then
             points into the bundle.
         make_latest: whether `mmllm serve` starts from it.
@@ -179,8 +180,10 @@ def save_bundle(
     with building(folder, {"bundle": info.name}) as scratch:
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in connector.state_dict().items()}
         save_file(state, scratch / "connector.safetensors")
-        if adapter is not None:
-            _save_adapter(adapter, scratch / "adapter")
+        if isinstance(adapter, Path):
+            shutil.copytree(adapter, scratch / "adapter")
+        elif adapter is not None:
+            save_adapter(adapter, scratch / "adapter")
         tokenizer.save_pretrained(scratch / "tokenizer")
         for name, weights in (("vision", vision_weights), ("language", language_weights)):
             if weights:
@@ -199,7 +202,15 @@ def bundles_folder() -> Path:
     return home() / "bundles"
 
 
-def _save_adapter(adapter: Any, folder: Path) -> None:
+def save_adapter(adapter: Any, folder: Path) -> None:
+    """Write a LoRA adapter in peft's own format.
+
+    Args:
+        adapter: the LM as peft wrapped it.
+
+    Raises:
+        BundleError: a trainable parameter would be left out.
+    """
     from peft import get_peft_model_state_dict
 
     adapter.save_pretrained(folder, safe_serialization=True)

@@ -178,6 +178,8 @@ class Recipe(StrictModel):
     warmup_steps: int = Field(default=4, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     zero_stage: Literal[0, 1, 2] = 2
+    evaluation_questions: int = Field(default=300, ge=0)
+    """Held-out questions asked before and after training; 0 asks none."""
     seed: int = 0
 
     @model_validator(mode="after")

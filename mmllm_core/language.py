@@ -5,7 +5,7 @@ LoRA adapter. Does not know images; embeddings reach the LM through `inputs_embe
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -82,6 +82,17 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
         raise WeightsError(f"{folder}: holds no causal LM that can be loaded: {error}") from error
     _disable_cpu_repacking(lm)
     return lm.eval().requires_grad_(False)
+
+
+def stop_token_ids(lm: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Ids that end an answer: the model's end-of-sequence ids and the tokenizer's end-of-turn token."""
+    configured = lm.generation_config.eos_token_id
+    ids = set(configured if isinstance(configured, list) else [configured])
+    ids |= {
+        tokenizer.eos_token_id,
+        *(tokenizer.convert_tokens_to_ids(t) for t in ("<|end|>", "<|im_end|>", "<|eot_id|>")),
+    }
+    return sorted(token for token in ids if token is not None and token != tokenizer.unk_token_id)
 
 
 def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:

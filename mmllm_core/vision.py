@@ -70,6 +70,11 @@ def pixel_hash(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
+def feature_key(image: Image.Image, fingerprint: str) -> str:
+    """Under which an image's features are stored: its content and what encodes it."""
+    return f"{pixel_hash(image)}-{fingerprint}"
+
+
 class ClipEncoder:
     """The vision tower of a CLIP model, as open_clip builds it.
 
@@ -115,7 +120,7 @@ class ClipEncoder:
 
     def key(self, image: Image.Image) -> str:
         """The feature key: content of the image and fingerprint of the encoder."""
-        return f"{pixel_hash(image)}-{self.fingerprint}"
+        return feature_key(image, self.fingerprint)
 
     def encode(self, images: Sequence[Image.Image]) -> NDArray[np.float16]:
         """Encode a batch.

@@ -20,6 +20,7 @@ from torch import Tensor
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest, FinishReason
 from mmllm_core.engine.text_stream import TextStream
 from mmllm_core.errors import ConversationError, EngineError
+from mmllm_core.language import stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,17 +169,6 @@ class TransformersEngine:
         sequence.finished = True
         sequence.cache = None
         sequence.send(sequence.chunk(text, reason))
-
-
-def stop_token_ids(lm: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids that end an answer: the model's end-of-sequence ids and the tokenizer's end-of-turn token."""
-    configured = lm.generation_config.eos_token_id
-    ids = set(configured if isinstance(configured, list) else [configured])
-    ids |= {
-        tokenizer.eos_token_id,
-        *(tokenizer.convert_tokens_to_ids(t) for t in ("<|end|>", "<|im_end|>", "<|eot_id|>")),
-    }
-    return sorted(token for token in ids if token is not None and token != tokenizer.unk_token_id)
 
 
 @dataclass

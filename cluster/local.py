@@ -1,0 +1,72 @@
+"""A Ray of our own on this machine: started for one command, and ended with it.
+
+Every deployment asks for its modality's resource, so the local node offers some of each.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+MODALITIES = ("vision", "audio", "text")
+
+
+def quieten() -> None:
+    """Keep libraries from talking over our own output; must run before they are imported."""
+    for name, value in {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DEDUP_LOGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "" if _has_cuda() else "cpu"),
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        if value:
+            os.environ.setdefault(name, value)
+
+
+@contextmanager
+def local_ray(*, verbose: bool = False) -> Iterator[None]:
+    """Run the block on a Ray that belongs to this process, or on the cluster that `RAY_ADDRESS` names.
+
+    Ctrl-C and SIGTERM end the block; either way, what was started is ended.
+    """
+    import ray
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    address = os.environ.get("RAY_ADDRESS")
+    common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    if address:
+        ray.init(address=address, **common)
+    else:
+        # Two CPUs at least: two workers then share the one core of a small machine, slowly.
+        ray.init(
+            num_cpus=max(2, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2),
+            resources=dict.fromkeys(MODALITIES, 8.0),
+            include_dashboard=False,
+            **common,
+        )
+    for name in ("ray.train", "ray.serve", "ray.data", "ray"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
+    try:
+        yield
+    finally:
+        # A second Ctrl-C must not leave processes behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ray.shutdown()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _has_cuda() -> bool:
+    return any(os.path.exists(path) for path in ("/dev/nvidia0", "/dev/nvidiactl"))

@@ -1,0 +1,120 @@
+"""Exact-match accuracy by kind of question, beside the baseline that always gives a kind's commonest answer."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmllm_core.conversation import ImagePart, Message, TextPart, render
+from mmllm_core.data.collate import collate
+from mmllm_core.data.sample import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mmllm_core.model import MultimodalLM
+
+OVERALL = "all"
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers out of questions asked."""
+
+    right: int
+    asked: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share that was right, 0 to 1; 0 when nothing was asked."""
+        return self.right / self.asked if self.asked else 0.0
+
+
+Scores = dict[str, Score]
+"""By kind of question, and overall under `OVERALL`."""
+
+
+def answer_questions(
+    model: "MultimodalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[Question],
+    features_of: Callable[[Question], NDArray[np.float16]],
+    *,
+    stop_ids: list[int],
+    batch_size: int = 32,
+    max_new_tokens: int = 8,
+) -> Iterator[str]:
+    """Answer each question about its image, greedily and each in a conversation of its own.
+
+    Args:
+        features_of: a question's image as float16 (n_patches, d_vision).
+        stop_ids: tokens that end an answer.
+    """
+    for start in range(0, len(questions), batch_size):
+        batch = questions[start : start + batch_size]
+        features = [features_of(question) for question in batch]
+        rendered = [
+            render(
+                [Message("user", (ImagePart(), TextPart(question.question)))],
+                tokenizer,
+                n_image_tokens=model.connector.n_tokens(len(feature)),
+                max_length=4096,
+                generation_prompt=True,
+            )
+            for question, feature in zip(batch, features, strict=True)
+        ]
+        inputs = collate(rendered, features, padding="left")
+        new_ids = model.generate(
+            inputs.input_ids,
+            inputs.attention_mask,
+            inputs.features,
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+        )  # (b, n_new)
+        yield from tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+
+
+def normalise(answer: str) -> str:
+    """Lower case, without punctuation or surplus space."""
+    return " ".join(re.sub(r"[^\w\s]", " ", answer.lower()).split())
+
+
+def score_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    """Score per kind of question, and overall under `OVERALL`, which comes first."""
+    asked = Counter(question.kind for question in questions)
+    right = Counter(q.kind for q, a in zip(questions, answers, strict=True) if normalise(a) == normalise(q.answer))
+    overall = Score(right.total(), asked.total())
+    return {OVERALL: overall} | {kind: Score(right[kind], asked[kind]) for kind in sorted(asked)}
+
+
+def commonest_answer_baseline(questions: Sequence[Question]) -> Scores:
+    """The score of always giving a kind's commonest answer among these questions."""
+    commonest = {
+        kind: Counter(q.answer for q in questions if q.kind == kind).most_common(1)[0][0]
+        for kind in {q.kind for q in questions}
+    }
+    return score_by_kind(questions, [commonest[q.kind] for q in questions])
+
+
+def merge_scores(parts: Sequence[Scores]) -> Scores:
+    """Add up the scores of disjoint sets of questions."""
+    kinds = dict.fromkeys(kind for part in parts for kind in part)
+    empty = Score(0, 0)
+    return {
+        kind: Score(sum(p.get(kind, empty).right for p in parts), sum(p.get(kind, empty).asked for p in parts))
+        for kind in kinds
+    }
+
+
+def scores_to_json(scores: Scores) -> dict[str, list[int]]:
+    """`{kind: [right, asked]}`, as bundles and logs record it."""
+    return {kind: [score.right, score.asked] for kind, score in scores.items()}
+
+
+def scores_from_json(values: dict[str, list[int]]) -> Scores:
+    """Inverse of `scores_to_json`."""
+    return {kind: Score(right, asked) for kind, (right, asked) in values.items()}

@@ -1,0 +1,31 @@
+"""Recipes by name: the YAML files beside this module, with `key=value` overrides on top."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mmllm_core.config import ClipRecipe, Recipe, load_config
+from mmllm_core.errors import ConfigError
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with mmllm."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe | ClipRecipe:
+    """Load a recipe by name, or from a YAML file when `name` is a path.
+
+    A file with `architecture` trains CLIP; any other trains the multimodal LM.
+
+    Raises:
+        ConfigError: unknown name or a file that does not validate.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"recipe '{name}' is unknown: choose one of {', '.join(recipe_names())} or give a YAML file")
+    trains_clip = "architecture" in (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    return load_config(ClipRecipe, path, overrides) if trains_clip else load_config(Recipe, path, overrides)

@@ -1,0 +1,126 @@
+"""The one training job: Ray Train starts the workers, DeepSpeed ZeRO shares the optimizer, the recipe names the stage.
+
+In: a `Recipe` and stored CLIP features. Out: a bundle, and beside it a metrics log, a loss plot and accuracy before
+and after. Each worker takes its own share of one reproducible stream of conversations.
+
+Run it as `mmllm train embedded-instruct` or `ray job submit -- python -m train_jobs.train embedded-instruct`.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
+from mmllm_core.config import Recipe, parse_overrides
+from mmllm_core.data import easy_vqa
+from mmllm_core.errors import BundleError, TrainingError
+from mmllm_core.evaluation.accuracy import Scores, scores_from_json
+from mmllm_core.evaluation.plots import plot_accuracy, plot_loss
+from mmllm_core.language import load_tokenizer
+from mmllm_core.models.home import home
+from mmllm_core.models.profile import load_profile
+from mmllm_core.models.resolve import resolve
+from mmllm_core.vision import ClipEncoder
+from train_jobs.deepspeed_ops import build_ops, worker_environment
+from train_jobs.launch import has_gpus, run_workers
+from train_jobs.progress import following, read_metrics
+from train_jobs.recipe import load_recipe
+from train_jobs.train_loop import LoopConfig, load_trained, train_loop
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run left behind."""
+
+    bundle: Bundle
+    folder: Path
+    before: Scores
+    after: Scores
+    baseline: Scores
+
+
+def train(recipe: Recipe) -> TrainedRun:
+    """Train one stage, or reuse the bundle that an equal recipe and equal features made before.
+
+    Raises:
+        TrainingError: a worker failed; the message is the cause's own.
+        EnvironmentLack: no compiler, no space, too few CPUs.
+        WeightsError: weights that the profile names cannot be had.
+    """
+    profile = load_profile(recipe.profile)
+    folder = home() / "runs" / recipe.name
+    vision_weights = resolve(profile.vision.source)
+    encoder = ClipEncoder(profile.vision, vision_weights)
+    if (finished := _finished_run(recipe, encoder.fingerprint, folder)) is not None:
+        return finished
+    language_weights = resolve(profile.language.source)
+    data = easy_vqa.fetch()
+    gpu = has_gpus(recipe.workers)
+    if not gpu:
+        build_ops()
+    log = folder / "metrics.jsonl"
+    log.unlink(missing_ok=True)
+    loop = LoopConfig(
+        recipe=recipe.model_dump(mode="json"),
+        profile=profile.model_dump(mode="json"),
+        language_weights=str(language_weights),
+        data=str(data),
+        features=str(home() / "features"),
+        fingerprint=encoder.fingerprint,
+        d_vision=encoder.d_vision,
+        log=str(log),
+        environment=worker_environment(gpu),
+    )
+    with following(log, recipe.steps, f"training {recipe.name}"):
+        result = run_workers(train_loop, asdict(loop), workers=recipe.workers, name=recipe.name, storage=home() / "ray")
+    if result.checkpoint is None:
+        raise TrainingError(f"{recipe.name}: the run ended without a checkpoint")
+    with result.checkpoint.as_directory() as checkpoint:
+        connector, adapter = load_trained(Path(checkpoint), profile.connector)
+        info = BundleInfo(
+            name=recipe.name,
+            profile=profile,
+            d_vision=encoder.d_vision,
+            n_patches=encoder.n_patches,
+            feature_fingerprint=encoder.fingerprint,
+            recipe=recipe.model_dump(mode="json"),
+            data={"easy-vqa": easy_vqa.SOURCE.sha256},
+            metrics=result.metrics,
+        )
+        bundle = save_bundle(
+            info, connector, load_tokenizer(language_weights), adapter=adapter, vision_weights=vision_weights
+        )
+    run = _read_run(bundle, folder)
+    plot_loss(read_metrics(log), folder / "loss.png", f"{recipe.name}: training loss")
+    if run.after:
+        scores = {"always the commonest": run.baseline, "before tuning": run.before, "after tuning": run.after}
+        plot_accuracy(scores, folder / "accuracy.png", f"{recipe.name}: held-out easy-VQA test questions")
+    return run
+
+
+def _finished_run(recipe: Recipe, fingerprint: str, folder: Path) -> TrainedRun | None:
+    try:
+        bundle = Bundle.open(bundles_folder() / recipe.name)
+    except BundleError:
+        return None
+    same = bundle.info.recipe == recipe.model_dump(mode="json") and bundle.info.feature_fingerprint == fingerprint
+    return _read_run(bundle, folder) if same else None
+
+
+def _read_run(bundle: Bundle, folder: Path) -> TrainedRun:
+    scores = bundle.info.metrics.get("accuracy", {})
+    return TrainedRun(bundle, folder, *(scores_from_json(scores.get(k, {})) for k in ("before", "after", "baseline")))
+
+
+def main() -> None:
+    """Entry point of `python -m train_jobs.train RECIPE [key=value ...]`."""
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python -m train_jobs.train RECIPE [key=value ...]")
+    recipe = load_recipe(sys.argv[1], parse_overrides(sys.argv[2:]))
+    if not isinstance(recipe, Recipe):
+        raise SystemExit(f"recipe '{sys.argv[1]}' trains CLIP: run it with train_jobs.train_clip")
+    print(train(recipe).bundle.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What each Ray Train worker does: load, train under DeepSpeed, evaluate, save what was trained.
+
+In: a `LoopConfig`. Out, reported to Ray: a checkpoint with the connector and the adapter (only what was trained),
+and accuracy before and after. Does not know bundles or plots.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import ray.train
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmllm_core.config import ConnectorConfig, Profile, Recipe
+from mmllm_core.data import easy_vqa
+from mmllm_core.data.feature_store import FeatureStore
+from mmllm_core.data.sample import Sample
+from mmllm_core.errors import TrainingError
+from mmllm_core.vision import feature_key
+from train_jobs.launch import worker_device
+from train_jobs.progress import MetricsLog, Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mmllm_core.connectors import MlpConnector
+    from mmllm_core.data.collate import Batch
+    from mmllm_core.model import MultimodalLM
+
+Part = Literal["connector", "lm"]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """All that a worker is told; picklable and the same for each."""
+
+    recipe: dict[str, Any]
+    profile: dict[str, Any]
+    language_weights: str
+    data: str
+    features: str
+    fingerprint: str
+    d_vision: int
+    log: str
+    environment: dict[str, str]
+
+
+def train_loop(values: dict[str, Any]) -> None:
+    """Train one stage; runs in a Ray Train worker."""
+    config = LoopConfig(**values)
+    os.environ.update(config.environment)  # DeepSpeed reads it when it is imported
+    import torch
+
+    recipe, profile = Recipe.model_validate(config.recipe), Profile.model_validate(config.profile)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    log = MetricsLog(Path(config.log)) if rank == 0 else None
+    if log:
+        log.write(phase="loading the LM")
+    torch.manual_seed(recipe.seed)
+    model, tokenizer = _build_model(recipe, profile, config)
+    features = StoredFeatures(Path(config.features), config.fingerprint)
+    evaluator = _Evaluator(recipe, Path(config.data), features, tokenizer, rank, world)
+    if log:
+        log.write(phase="asking before tuning")
+    before = evaluator(model)
+    engine = _initialise_deepspeed(model, recipe)
+    batches = _batches(recipe, profile, config, features, tokenizer, rank, world)
+    watch = Stopwatch()
+    for step in range(recipe.steps):
+        batch = next(batches)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, group["name"], step)
+        loss = _step(engine, batch, world)
+        if not math.isfinite(loss):
+            raise TrainingError(f"step {step}: the loss is {loss}: lower the learning rates in the recipe")
+        if log:
+            log.write(step=step + 1, loss=loss, seconds=watch.seconds, tokens=int(batch.attention_mask.sum()) * world)
+    if log:
+        log.write(phase="asking after tuning")
+    after = evaluator(model)
+    accuracy = {"before": before, "after": after, "baseline": evaluator.baseline()}
+    metrics = {"loss": loss, "seconds": watch.seconds, "accuracy": accuracy}
+    with tempfile.TemporaryDirectory() as folder:
+        if rank == 0:
+            _save_trained(model, Path(folder))
+        checkpoint = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
+        ray.train.report(metrics, checkpoint=checkpoint)
+
+
+def learning_rate(recipe: Recipe, part: Part, step: int) -> float:
+    """Linear warm-up, then half a cosine to zero. The adapter stands still for the first `align_steps`."""
+    start = recipe.align_steps if part == "lm" else 0
+    peak = recipe.lora_learning_rate if part == "lm" else recipe.connector_learning_rate
+    if step < start:
+        return 0.0
+    if step - start < recipe.warmup_steps:
+        return peak * (step - start + 1) / recipe.warmup_steps
+    done = (step - start - recipe.warmup_steps) / max(1, recipe.steps - start - recipe.warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def load_trained(folder: Path, config: ConnectorConfig) -> tuple["MlpConnector", Path | None]:
+    """Read a checkpoint: the connector, and the adapter's folder if one was trained."""
+    from safetensors.torch import load_file
+
+    from mmllm_core.connectors import build_connector
+
+    state = load_file(folder / "connector.safetensors")
+    d_model, d_vision = state["linear_1.weight"].shape
+    connector = build_connector(config, d_vision, d_model)
+    connector.load_state_dict(state)
+    adapter = folder / "adapter"
+    return connector, adapter if adapter.is_dir() else None
+
+
+class StoredFeatures:
+    """Features of image files from the store; a missing one is an error that names the image."""
+
+    def __init__(self, store: Path, fingerprint: str):
+        self._store = FeatureStore(store)
+        self._fingerprint = fingerprint
+
+    def __call__(self, path: Path) -> NDArray[np.float16]:
+        """Features (n_patches, d_vision) of an image file.
+
+        Raises:
+            TrainingError: the image was not embedded.
+        """
+        with Image.open(path) as image:
+            found = self._store.get(feature_key(image.convert("RGB"), self._fingerprint))
+        if found is None:
+            raise TrainingError(f"{path}: no stored features: run 'mmllm embed' first")
+        return found
+
+
+class _Evaluator:
+    """Asks this worker's share of the held-out questions and adds up the shares of all."""
+
+    def __init__(self, recipe: Recipe, data: Path, features: StoredFeatures, tokenizer: Any, rank: int, world: int):
+        self._questions = easy_vqa.held_out_questions(data, recipe.evaluation_questions, recipe.seed)
+        self._share = self._questions[rank::world]
+        self._features = features
+        self._tokenizer = tokenizer
+        self._world = world
+
+    def __call__(self, model: "MultimodalLM") -> dict[str, list[int]]:
+        import torch.distributed as dist
+
+        from mmllm_core.evaluation.accuracy import (
+            answer_questions,
+            merge_scores,
+            score_by_kind,
+            scores_from_json,
+            scores_to_json,
+        )
+        from mmllm_core.language import stop_token_ids
+
+        if not self._questions:
+            return {}
+        model.eval()
+        answers = answer_questions(
+            model,
+            self._tokenizer,
+            self._share,
+            lambda question: self._features(question.image),
+            stop_ids=stop_token_ids(model.causal_lm, self._tokenizer),
+        )
+        own = scores_to_json(score_by_kind(self._share, list(answers)))
+        model.train()
+        shares: list[Any] = [None] * self._world
+        dist.all_gather_object(shares, own)
+        return scores_to_json(merge_scores([scores_from_json(share) for share in shares]))
+
+    def baseline(self) -> dict[str, list[int]]:
+        """The commonest-answer baseline on the same questions."""
+        from mmllm_core.evaluation.accuracy import commonest_answer_baseline, scores_to_json
+
+        return scores_to_json(commonest_answer_baseline(self._questions)) if self._questions else {}
+
+
+def _build_model(
+    recipe: Recipe, profile: Profile, config: LoopConfig
+) -> tuple["MultimodalLM", "PreTrainedTokenizerBase"]:
+    import torch
+
+    from mmllm_core.connectors import build_connector
+    from mmllm_core.language import add_adapter, load_language_model, load_tokenizer
+    from mmllm_core.model import MultimodalLM
+
+    folder, device = Path(config.language_weights), worker_device()
+    lm: Any = load_language_model(profile.language, folder, device)
+    embeddings = lm.get_input_embeddings().weight
+    connector = build_connector(
+        profile.connector, config.d_vision, lm.config.hidden_size, output_std=float(embeddings.float().std())
+    )
+    if recipe.lora:
+        lm = add_adapter(lm, recipe.lora)
+    model = MultimodalLM(lm, connector.to(device, getattr(torch, profile.language.dtype)))
+    return model.train(), load_tokenizer(folder)
+
+
+def _initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
+    import deepspeed
+    import torch
+
+    parts: tuple[Part, ...] = ("connector", "lm") if recipe.lora else ("connector",)
+    groups = [
+        {"params": list(model.parameters_of(part)), "name": part, "lr": 0.0, "weight_decay": recipe.weight_decay}
+        for part in parts
+    ]
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.99)),
+        config={
+            "train_micro_batch_size_per_gpu": recipe.micro_batch,
+            "gradient_clipping": recipe.max_grad_norm,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": recipe.zero_stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    return engine
+
+
+def _step(engine: Any, batch: "Batch", world: int) -> float:
+    """One optimizer step; returns the loss per supervised token over all workers.
+
+    DeepSpeed averages gradients over workers, and workers hold different numbers of supervised tokens: each scales
+    its sum so that the average is the gradient of the global mean.
+    """
+    import torch
+    import torch.distributed as dist
+
+    n_supervised = torch.tensor(float(batch.n_supervised))
+    dist.all_reduce(n_supervised)
+    device = engine.device
+    features = None if batch.features is None else batch.features.to(device)
+    loss_sum = engine(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device), features)
+    engine.backward(loss_sum * (world / n_supervised.item()))
+    engine.step()
+    total = loss_sum.detach().cpu()
+    dist.all_reduce(total)
+    return float(total / n_supervised)
+
+
+def _batches(
+    recipe: Recipe,
+    profile: Profile,
+    config: LoopConfig,
+    features: StoredFeatures,
+    tokenizer: Any,
+    rank: int,
+    world: int,
+) -> Iterator["Batch"]:
+    """This worker's batches: every worker walks the same stream and takes each world-th conversation."""
+    from mmllm_core.conversation import render
+    from mmllm_core.data.collate import collate
+
+    stream: Iterator[Sample] = easy_vqa.training_samples(Path(config.data), recipe.data, recipe.seed)
+    share = islice(stream, rank, None, world)
+    while True:
+        samples = list(islice(share, recipe.micro_batch))
+        found = [features(image) for sample in samples for image in sample.images]
+        yield collate(
+            [
+                render(
+                    sample.messages,
+                    tokenizer,
+                    n_image_tokens=len(found[0]),
+                    max_length=profile.language.context_length,
+                    generation_prompt=False,
+                )
+                for sample in samples
+            ],
+            found,
+        )
+
+
+def _save_trained(model: "MultimodalLM", folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from mmllm_core.bundle import save_adapter
+
+    state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.connector.state_dict().items()}
+    save_file(state, folder / "connector.safetensors")
+    if hasattr(model.lm, "peft_config"):
+        save_adapter(model.lm, folder / "adapter")
