@@ -1,0 +1,263 @@
+"""The assistant as an HTTP service: OpenAI's chat completions over CLIP, Whisper and the LM.
+
+In: HTTP requests. Out: whole or streamed answers, and OpenAI's error body for everything that goes wrong. A request
+is read and checked here, CLIP and Whisper begin at once, and the LM speaks when both are done; only its hop streams.
+A disconnect or the deadline cancels whatever still runs for a request. Does not know models or weights.
+"""
+
+import asyncio
+import os
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from numpy.typing import NDArray
+from starlette.exceptions import HTTPException
+
+from mmllm_core.engine.protocol import EngineChunk
+from mmllm_core.errors import EngineError
+from serve_apps.config import ServeConfig
+from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
+from serve_apps.openai_replies import (
+    DONE,
+    BodyTooLarge,
+    Failure,
+    Json,
+    ModelNotFound,
+    Reply,
+    event,
+    to_failure,
+)
+from serve_apps.phi_app import Prompt
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+
+
+@dataclass(frozen=True)
+class Perception:
+    """What was seen and heard in one request."""
+
+    features: NDArray[np.float16] | None  # (n_images, n_patches, d_vision)
+    transcripts: list[str]
+
+
+class Assistant:
+    """The ingress deployment.
+
+    Args:
+        clip, whisper, phi: handles of `ClipDeployment`, `WhisperDeployment` and `PhiDeployment`.
+        model: the id under which the assistant is asked for.
+    """
+
+    def __init__(
+        self,
+        clip: "DeploymentHandle",
+        whisper: "DeploymentHandle",
+        phi: "DeploymentHandle",
+        model: str,
+        config: ServeConfig,
+    ):
+        self._clip = clip
+        self._whisper = whisper
+        self._phi = phi.options(stream=True)
+        self._model = model
+        self._config = config
+        self._started = int(time.time())
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
+        app = build_http_app(self)
+        if self._config.ui:
+            os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+            from serve_apps.ui import mount_chat_page
+
+            mount_chat_page(app, self._config.http.base_url, self._model)
+        return app
+
+    def models(self) -> list[Json]:
+        """The models that can be asked for."""
+        return [{"id": self._model, "object": "model", "created": self._started, "owned_by": "mmllm"}]
+
+    async def chat(self, request: Request) -> Response:
+        """Answer `POST /v1/chat/completions`; never raises but for cancellation."""
+        request_id = clean_request_id(request.headers.get("x-request-id"))
+        deadline = asyncio.get_running_loop().time() + self._config.limits.request_timeout_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                body = await read_body(request, self._config.limits.max_body_bytes)
+                # base64 of megabytes takes its time: other requests should not wait for it
+                call = await asyncio.to_thread(parse_request, body, self._config.limits)
+                del body
+                if call.model != self._model:
+                    raise ModelNotFound(f"this model does not exist here: ask for '{self._model}'", "model")
+                seen = await self._perceive(call)
+                reply = Reply.begin(f"chatcmpl-{uuid.uuid4().hex}", call.model, seen.transcripts)
+                chunks = self._speak(call, seen, reply.id, deadline)
+                if not call.stream:
+                    return JSONResponse(await _whole(reply, chunks))
+                # The first chunk is awaited before the status is sent, so that a refusal is a 4xx and not an event.
+                first = await anext(chunks)
+            events = _events(reply, first, chunks, include_usage=call.include_usage, request_id=request_id)
+            return StreamingResponse(
+                events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
+            )
+        except Exception as error:
+            return error_response(to_failure(error, request_id))
+
+    async def _perceive(self, call: ChatCall) -> Perception:
+        """See and hear at the same time; what still runs when one call fails is cancelled."""
+        seeing = [self._clip.encode.remote(call.images)] if call.images else []
+        hearing = [self._whisper.transcribe.remote(clip) for clip in call.clips]
+        try:
+            results = await asyncio.gather(*seeing, *hearing)
+        except BaseException:
+            for response in (*seeing, *hearing):
+                response.cancel()
+            raise
+        features = results[0] if seeing else None
+        return Perception(features, [transcript.text for transcript in results[len(seeing) :]])
+
+    async def _speak(
+        self, call: ChatCall, seen: Perception, id: str, deadline: float
+    ) -> AsyncGenerator[EngineChunk, None]:
+        """The LM's chunks; closing the generator cancels the LM's request."""
+        messages = with_transcripts(call, seen.transcripts)
+        response = self._phi.generate.remote(Prompt(id, messages, seen.features, call.sampling))
+        try:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    chunk: EngineChunk = await anext(response)
+                if chunk.finish_reason == "abort":
+                    raise EngineError("the engine ended the request before the answer was done")
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        except StopAsyncIteration:
+            raise EngineError("the answer ended without a reason") from None
+        finally:
+            response.cancel()
+
+
+async def _whole(reply: Reply, chunks: AsyncGenerator[EngineChunk, None]) -> Json:
+    texts = []
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            texts.append(chunk.text)
+    return reply.whole("".join(texts), chunk)
+
+
+async def _events(
+    reply: Reply,
+    first: EngineChunk,
+    chunks: AsyncGenerator[EngineChunk, None],
+    *,
+    include_usage: bool,
+    request_id: str,
+) -> AsyncIterator[bytes]:
+    """Server-sent events of a streamed answer; an error that comes now is an event too."""
+    async with aclosing(chunks):
+        yield event(reply.first())
+        chunk = first
+        try:
+            if first.text:
+                yield event(reply.piece(first.text))
+            async for chunk in chunks:
+                if chunk.text:
+                    yield event(reply.piece(chunk.text))
+        except Exception as error:
+            yield event(to_failure(error, request_id).body)
+        else:
+            yield event(reply.finish(chunk))
+            if include_usage:
+                yield event(reply.closing_usage(chunk))
+        yield DONE
+
+
+def build_http_app(assistant: Assistant) -> FastAPI:
+    """The HTTP routes of an assistant, without the chat page."""
+    app = FastAPI(title="mmllm", description="CLIP sees, Whisper hears, a Phi model answers.", redoc_url=None)
+
+    @app.exception_handler(HTTPException)
+    async def explain(_: Request, error: HTTPException) -> Response:
+        return error_response(Failure(error.status_code, str(error.detail), None))
+
+    body = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    parts_of_body = body.pop("$defs")
+    content = {"application/json": {"schema": body}}
+
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": {"required": True, "content": content}})
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation of text, images and speech."""
+        return await assistant.chat(request)
+
+    @app.get("/v1/models")
+    async def list_models() -> Json:
+        """List the models that are served."""
+        return {"object": "list", "data": assistant.models()}
+
+    @app.get("/v1/models/{model:path}", response_model=None)
+    async def get_model(model: str) -> Json | Response:
+        """Describe one model."""
+        found = [entry for entry in assistant.models() if entry["id"] == model]
+        return (
+            found[0] if found else error_response(to_failure(ModelNotFound("this model does not exist", "model"), ""))
+        )
+
+    @app.get("/healthz")
+    async def healthz() -> Json:
+        """Say that requests are taken."""
+        return {"status": "ok"}
+
+    # Below /v1 nothing falls through to the chat page, whose answers no API client understands.
+    @app.api_route("/v1/{rest:path}", methods=_METHODS, include_in_schema=False)
+    async def nothing_here(request: Request) -> Response:
+        return error_response(Failure(404, f"{request.method} {request.url.path} is not offered", "not_found"))
+
+    # The body is parsed by hand, for its size and its errors, so FastAPI has to be told of its parts.
+    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(parts_of_body)
+    return app
+
+
+def error_response(failure: Failure) -> Response:
+    """A failure as an HTTP response."""
+    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read a request's body.
+
+    Raises:
+        BodyTooLarge: it is longer than `max_bytes`. Of a longer one as much again is read and dropped, since many
+            clients see a reset connection instead of the answer when nobody reads what they send.
+    """
+    pieces: list[bytes] = []
+    n_bytes = 0
+    async for piece in request.stream():
+        n_bytes += len(piece)
+        if n_bytes <= max_bytes:
+            pieces.append(piece)
+        else:
+            pieces.clear()
+        if n_bytes > 2 * max_bytes:
+            break
+    if n_bytes > max_bytes:
+        raise BodyTooLarge(f"the request is larger than the {max_bytes} bytes that are allowed: send smaller files")
+    return b"".join(pieces)
+
+
+def clean_request_id(given: str | None) -> str:
+    """A request id that is safe to log: the caller's, stripped of what has no business in one, or a new one.
+
+    Serve's HTTP proxy writes `x-request-id` on the response, whether the caller gave it or not.
+    """
+    return re.sub(r"[^A-Za-z0-9._:-]", "", given or "")[:128] or uuid.uuid4().hex

@@ -1,0 +1,92 @@
+"""A config and a bundle -> the Serve application: CLIP and Whisper beside each other, the LM behind, HTTP in front.
+
+Knows which class each deployment runs and under which name. Does not start Ray or Serve, and does not load a model:
+the bundle is opened only to be verified and for its name.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from mmllm_core.bundle import Bundle
+from mmllm_core.config import StrictModel, load_config
+from mmllm_core.errors import ConfigError
+from serve_apps.assistant_app import Assistant
+from serve_apps.clip_app import ClipDeployment
+from serve_apps.config import DeploymentConfig, ServeConfig
+from serve_apps.phi_app import PhiDeployment
+from serve_apps.whisper_app import WhisperDeployment
+
+if TYPE_CHECKING:
+    from ray.serve import Application, Deployment
+
+APP_NAME = "mmllm"
+INGRESS, CLIP, WHISPER, PHI = "Assistant", "ClipEncoder", "Transcriber", "PhiGenerator"
+_FOLDER = Path(__file__).parent / "configs"
+
+
+class ServeArgs(StrictModel):
+    """Arguments of `app` in a Serve config file."""
+
+    config: str = "embedded"
+    bundle: Path
+
+
+def build(config: ServeConfig, bundle: Path) -> "Application":
+    """Compose the deployments.
+
+    Args:
+        bundle: folder of a bundle that every replica can read under this path.
+
+    Raises:
+        BundleError: the bundle is missing, incomplete or altered.
+    """
+    opened = Bundle.open(bundle)
+    folder = opened.folder.absolute()
+    clip = _deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip)
+    whisper = _deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper)
+    phi = _deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi)
+    ingress = _deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
+    return ingress.bind(clip, whisper, phi, opened.info.name, config)
+
+
+def app(args: ServeArgs) -> "Application":
+    """`build` for a Serve config file: `import_path: serve_apps.builder:app`, `args: {config: ..., bundle: ...}`."""
+    return build(load_serve_config(args.config), args.bundle)
+
+
+def serve_config_names() -> list[str]:
+    """Names of the configs that ship with mmllm."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def load_serve_config(name_or_path: str, overrides: dict[str, Any] | None = None) -> ServeConfig:
+    """Load a config by name, or from a YAML file when a path is given.
+
+    Args:
+        overrides: dotted keys and their values, such as `{"http.port": 8001}`.
+
+    Raises:
+        ConfigError: unknown name, unknown key, or settings that cannot work together.
+    """
+    if name_or_path.endswith((".yaml", ".yml")):
+        return load_config(ServeConfig, Path(name_or_path), overrides)
+    if name_or_path not in serve_config_names():
+        known = ", ".join(serve_config_names())
+        raise ConfigError(f"serve config '{name_or_path}' is unknown: choose one of {known} or give a YAML file")
+    return load_config(ServeConfig, _FOLDER / f"{name_or_path}.yaml", overrides)
+
+
+def _deployment(cls: type, name: str, config: DeploymentConfig) -> "Deployment":
+    scaling: dict[str, Any] = {"num_replicas": config.num_replicas or 1}
+    if config.autoscaling:
+        scaling = {"autoscaling_config": config.autoscaling.model_dump()}
+    return serve.deployment(
+        cls,
+        name=name,
+        max_ongoing_requests=config.max_ongoing_requests,
+        max_queued_requests=config.max_queued_requests,
+        ray_actor_options=config.ray_actor_options.model_dump(),
+        **scaling,
+    )

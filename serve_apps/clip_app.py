@@ -1,0 +1,114 @@
+"""CLIP as a deployment: image files -> features.
+
+In: the bytes of images. Out: contiguous float16 (n_images, n_patches, d_vision). Features are looked for in
+the replica's memory, then in the feature store, and only then computed, in batches that form across requests.
+Does not know HTTP, conversations, the connector or the LM.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from ray import serve
+
+from mmllm_core.bundle import Bundle
+from mmllm_core.data.feature_store import FeatureStore
+from mmllm_core.vision import decode_image
+from serve_apps.config import ClipConfig
+from serve_apps.upload import Upload
+
+Features = NDArray[np.float16]
+
+
+class ClipDeployment:
+    """Runs the vision tower of a bundle.
+
+    Raises:
+        BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
+    """
+
+    def __init__(self, bundle: Path, config: ClipConfig):
+        import torch
+
+        torch.set_num_threads(config.n_threads)
+        opened = Bundle.open(bundle)
+        self._encoder = opened.load_vision(config.device)
+        self._max_pixels = opened.profile.vision.max_pixels
+        self._cache = FeatureCache(config.cache_bytes)
+        folder = config.feature_store
+        self._store = FeatureStore(folder) if folder and folder.is_dir() else None
+        # Two at a time bounds the memory of decoded pixels, whatever a request holds.
+        self._decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-image")
+        self._encode_batch.set_max_batch_size(config.max_batch_size)
+        self._encode_batch.set_batch_wait_timeout_s(config.batch_wait_s)
+
+    async def encode(self, images: Sequence[Upload]) -> Features:
+        """Features of one request's images, in their order.
+
+        Returns:
+            float16 (n_images, n_patches, d_vision), contiguous.
+
+        Raises:
+            ImageError: an image cannot be used; it names the field.
+        """
+        return np.stack(await asyncio.gather(*(self._features(image) for image in images)))
+
+    async def _features(self, upload: Upload) -> Features:
+        loop = asyncio.get_running_loop()
+        key, image = await loop.run_in_executor(self._decoding, self._identify, upload)
+        found = self._cache.get(key)
+        if found is None and self._store is not None:
+            found = await loop.run_in_executor(self._decoding, self._stored, key)
+        if found is None:
+            found = await self._encode_batch(image)
+        self._cache.put(key, found)
+        return found
+
+    def _identify(self, upload: Upload) -> tuple[str, Image.Image]:
+        image = decode_image(upload.data, self._max_pixels, upload.param)
+        return self._encoder.key(image), image
+
+    def _stored(self, key: str) -> Features | None:
+        assert self._store is not None
+        found = self._store.get(key)
+        return None if found is None else np.array(found)  # read here and now, not when the view is touched
+
+    @serve.batch
+    async def _encode_batch(self, images: list[Image.Image]) -> list[Features]:
+        features = await asyncio.to_thread(self._encoder.encode, images)  # (b, n_patches, d_vision)
+        return [row.copy() for row in features]  # a view would keep its whole batch in memory
+
+
+class FeatureCache:
+    """The features that were used last, up to a number of bytes."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._n_bytes = 0
+        self._features: OrderedDict[str, Features] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def get(self, key: str) -> Features | None:
+        """Features (n_patches, d_vision) by key, or None."""
+        found = self._features.get(key)
+        if found is not None:
+            self._features.move_to_end(key)
+        return found
+
+    def put(self, key: str, features: Features) -> None:
+        """Remember features, and forget the ones that were used longest ago to make room."""
+        if key in self._features:
+            self._features.move_to_end(key)
+            return
+        self._features[key] = features
+        self._n_bytes += features.nbytes
+        while self._n_bytes > self._max_bytes:
+            _, forgotten = self._features.popitem(last=False)
+            self._n_bytes -= forgotten.nbytes

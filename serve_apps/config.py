@@ -1,0 +1,205 @@
+"""How the assistant is served: one YAML, one model; settings that cannot work together are refused here.
+
+Knows the names and limits of deployments. Does not know Ray: `serve_apps.builder` turns a config into an
+application.
+"""
+
+import os
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from mmllm_core.config import StrictModel
+
+
+class Autoscaling(StrictModel):
+    """Replicas follow the requests that wait or run."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    max_replicas: int = Field(gt=0)
+    target_ongoing_requests: float = Field(default=2.0, gt=0)
+    """Requests that a replica should have at a time; more replicas start above it."""
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_delay_s: float = Field(default=600.0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Autoscaling":
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class ActorOptions(StrictModel):
+    """What a replica reserves. `resources` names its modality, so that a cluster starts the right kind of node."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    num_gpus: float = Field(default=0.0, ge=0)
+    resources: dict[Literal["vision", "audio", "text"], float] = Field(default_factory=dict)
+
+
+class DeploymentConfig(StrictModel):
+    """What every deployment has."""
+
+    modality: ClassVar[str | None] = None
+
+    num_replicas: int | None = Field(default=None, gt=0)
+    """A fixed number; leave it out where `autoscaling` is given. Without either, one replica."""
+    autoscaling: Autoscaling | None = None
+    max_ongoing_requests: int = Field(default=16, gt=0)
+    """Requests that a replica takes at a time."""
+    max_queued_requests: int = Field(default=128, ge=-1)
+    """Requests that may wait for a replica before more are answered with 429; -1 for no limit."""
+    ray_actor_options: ActorOptions = ActorOptions()
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas that there can be."""
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas or 1
+
+    @model_validator(mode="after")
+    def _scaling_can_work(self) -> "DeploymentConfig":
+        if self.autoscaling is None:
+            return self
+        if self.num_replicas is not None:
+            raise ValueError("give num_replicas or autoscaling, not both")
+        target = self.autoscaling.target_ongoing_requests
+        if target > self.max_ongoing_requests:
+            raise ValueError(
+                f"autoscaling.target_ongoing_requests {target:g} is above max_ongoing_requests "
+                f"{self.max_ongoing_requests}: no replica would ever be added"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _asks_for_its_modality(self) -> "DeploymentConfig":
+        asked = {name for name, amount in self.ray_actor_options.resources.items() if amount > 0}
+        wanted = {self.modality} if self.modality else set()
+        if asked != wanted:
+            raise ValueError(
+                f"ray_actor_options.resources must ask for {' '.join(sorted(wanted)) or 'nothing'} "
+                f"and asks for {', '.join(sorted(asked)) or 'nothing'}"
+            )
+        return self
+
+
+class ModelDeploymentConfig(DeploymentConfig):
+    """A deployment that runs a model."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of the model; 0 takes every core that the process may use."""
+
+    @property
+    def n_threads(self) -> int:
+        """CPU threads of the model, counted on the machine that asks."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+    @model_validator(mode="after")
+    def _device_matches_reservation(self) -> "ModelDeploymentConfig":
+        if (self.device == "cuda") != (self.ray_actor_options.num_gpus > 0):
+            raise ValueError(
+                f"device {self.device} does not go with ray_actor_options.num_gpus "
+                f"{self.ray_actor_options.num_gpus:g}: a replica sees the GPUs that it reserves and no other"
+            )
+        return self
+
+
+class ClipConfig(ModelDeploymentConfig):
+    """Images -> features."""
+
+    modality = "vision"
+
+    max_batch_size: int = Field(default=8, gt=0)
+    batch_wait_s: float = Field(default=0.01, ge=0)
+    """How long an image waits for company."""
+    cache_bytes: int = Field(default=64_000_000, ge=0)
+    """Features that a replica remembers."""
+    feature_store: Path | None = None
+    """Folder of features computed ahead; only read."""
+
+    @model_validator(mode="after")
+    def _batches_can_fill(self) -> "ClipConfig":
+        if self.max_batch_size > self.max_ongoing_requests:
+            raise ValueError(
+                f"max_batch_size {self.max_batch_size} is above max_ongoing_requests {self.max_ongoing_requests}: "
+                "batches would never fill"
+            )
+        return self
+
+
+class WhisperConfig(ModelDeploymentConfig):
+    """Sound -> transcripts."""
+
+    modality = "audio"
+
+
+class PhiConfig(ModelDeploymentConfig):
+    """Conversations and features -> text."""
+
+    modality = "text"
+
+    stream_interval_s: float = Field(default=0.05, ge=0)
+    """Text that comes within it travels together; the first piece never waits."""
+
+
+class IngressConfig(DeploymentConfig):
+    """The HTTP side; needs no modality and is never scaled to zero."""
+
+    max_ongoing_requests: int = Field(default=256, gt=0)
+    max_queued_requests: int = Field(default=-1, ge=-1)
+
+    @model_validator(mode="after")
+    def _always_there(self) -> "IngressConfig":
+        if self.autoscaling and self.autoscaling.min_replicas == 0:
+            raise ValueError("autoscaling.min_replicas must be at least 1: nobody would answer the first request")
+        return self
+
+
+class HttpConfig(StrictModel):
+    """Where HTTP is served."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, gt=0, lt=65536)
+
+    @property
+    def base_url(self) -> str:
+        """URL of the service as this machine reaches it; the API lies below `/v1`."""
+        host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{host}:{self.port}"
+
+
+class Limits(StrictModel):
+    """What one request may take, and what it gets when it does not say."""
+
+    max_body_bytes: int = Field(default=25_000_000, gt=0)
+    request_timeout_s: float = Field(default=300.0, gt=0)
+    max_images: int = Field(default=8, ge=0)
+    max_audio_clips: int = Field(default=4, ge=0)
+    max_text_chars: int = Field(default=200_000, gt=0)
+    """Typed text of a whole conversation; the model's context is checked later, token by token."""
+    default_max_tokens: int = Field(default=256, gt=0)
+    default_temperature: float = Field(default=0.0, ge=0, le=2)
+
+
+class ServeConfig(StrictModel):
+    """The whole service."""
+
+    name: str
+    http: HttpConfig = HttpConfig()
+    ui: bool = True
+    """Whether the chat page is served at `/`."""
+    limits: Limits = Limits()
+    ingress: IngressConfig = IngressConfig()
+    clip: ClipConfig
+    whisper: WhisperConfig
+    phi: PhiConfig
+
+    @model_validator(mode="after")
+    def _page_has_one_home(self) -> "ServeConfig":
+        if self.ui and self.ingress.max_replicas > 1:
+            raise ValueError(
+                f"ui needs a single ingress replica and ingress may have {self.ingress.max_replicas}: a chat page "
+                "keeps its session in the replica that drew it; set 'ui: false' or fewer replicas"
+            )
+        return self

@@ -1,0 +1,302 @@
+"""The request and response bodies of OpenAI's chat completions API, as far as this assistant speaks it.
+
+In: the bytes of a request body. Out: a `ChatCall` with messages, images and sound as the deployments take them,
+or an error that names the field; and, from an answer, the bodies of a reply. Fields that cannot change an answer
+are ignored; fields that would change it and are not supported are refused. Does not know HTTP or Ray.
+"""
+
+import base64
+import binascii
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import ErrorDetails, from_json
+
+from mmllm_core.conversation import ImagePart, Message, Part, SpeechPart, TextPart
+from mmllm_core.engine.protocol import SamplingParams
+from mmllm_core.errors import AudioError, BadInput, ConversationError, ImageError
+from serve_apps.config import Limits
+from serve_apps.upload import Upload
+
+IGNORED = (
+    *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention"),
+    *("safety_identifier", "service_tier", "store", "user"),
+)
+"""Fields of OpenAI's API that cannot change this assistant's answer."""
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (None,),
+    "frequency_penalty": (None, 0),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "logit_bias": (None, {}),
+    "logprobs": (None, False),
+    "modalities": (None, ["text"]),
+    "presence_penalty": (None, 0),
+    "reasoning_effort": (None, "none"),
+    "response_format": (None, {"type": "text"}),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "top_logprobs": (None, 0),
+    "verbosity": (None, "medium"),
+    "web_search_options": (None,),
+}
+"""Fields that would change the answer, with the values that ask for nothing and are let pass."""
+
+
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TextContent(_Body):
+    """Typed text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(_Body):
+    """An image inside the request: `data:image/png;base64,...`."""
+
+    url: str
+    detail: str | None = None
+    """Accepted and ignored: every image is seen at the encoder's own size."""
+
+
+class ImageContent(_Body):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class InputAudio(_Body):
+    """A sound file in base64."""
+
+    data: str
+    format: Literal["wav", "mp3", "flac", "ogg", "opus", "webm", "m4a", "aac"]
+
+
+class AudioContent(_Body):
+    """Speech."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+class ChatMessage(_Body):
+    """One turn; a reply's own message can be sent back as it came."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: list[Annotated[TextContent | ImageContent | AudioContent, Field(discriminator="type")]]
+    """A string, or a list of parts."""
+    name: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_is_one_part(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"type": "text", "text": value}]
+        if not isinstance(value, list):
+            raise ValueError("expected a string or a list of parts")
+        return value
+
+
+class StreamOptions(_Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ChatRequest(_Body):
+    """The fields of a request that are understood."""
+
+    model: str
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_tokens: int | None = Field(default=None, gt=0)
+    max_completion_tokens: int | None = Field(default=None, gt=0)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    seed: int | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """A request as the deployments take it; speech parts are empty until they are heard."""
+
+    model: str
+    messages: tuple[Message, ...]
+    images: tuple[Upload, ...]
+    clips: tuple[Upload, ...]
+    sampling: SamplingParams
+    stream: bool
+    include_usage: bool
+
+
+def parse_request(body: bytes, limits: Limits) -> ChatCall:
+    """Read and check a request body.
+
+    Raises:
+        BadInput: not JSON, a field that is missing, wrong, unknown or unsupported, or too much of something;
+            `param` names the field.
+    """
+    try:
+        values = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise BadInput(f"the body is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadInput("the body must be a JSON object")
+    for field, harmless in UNSUPPORTED.items():
+        if values.pop(field, None) not in harmless:
+            raise BadInput(f"'{field}' is not supported: leave it out", field)
+    try:
+        request = ChatRequest.model_validate({k: v for k, v in values.items() if k not in IGNORED})
+    except ValidationError as error:
+        raise _to_bad_input(error.errors(include_url=False)[0]) from None
+    return _to_call(request, limits)
+
+
+def with_transcripts(call: ChatCall, transcripts: Sequence[str]) -> tuple[Message, ...]:
+    """The conversation with what was heard in place of each speech part.
+
+    Raises:
+        AudioError: a message would be empty, for its only content is a clip in which nobody speaks.
+    """
+    heard = iter(zip(transcripts, call.clips, strict=True))
+    return tuple(replace(message, parts=tuple(_heard_parts(message, heard))) for message in call.messages)
+
+
+def _heard_parts(message: Message, heard: Iterator[tuple[str, Upload]]) -> Iterator[Part]:
+    silent = not any(isinstance(p, ImagePart) or (isinstance(p, TextPart) and p.text.strip()) for p in message.parts)
+    clip = None
+    for part in message.parts:
+        if isinstance(part, SpeechPart):
+            transcript, clip = next(heard)
+            silent = silent and not transcript.strip()
+            part = SpeechPart(transcript)
+        yield part
+    if silent and clip is not None:
+        raise AudioError("no speech was heard in the audio: send a clip in which somebody speaks", clip.param)
+
+
+def _to_call(request: ChatRequest, limits: Limits) -> ChatCall:
+    images: list[Upload] = []
+    clips: list[Upload] = []
+    n_chars = 0
+
+    def convert(part: TextContent | ImageContent | AudioContent, param: str) -> Part:
+        nonlocal n_chars
+        if isinstance(part, TextContent):
+            n_chars += len(part.text)
+            return TextPart(part.text)
+        if isinstance(part, ImageContent):
+            images.append(_image_upload(part.image_url.url, f"{param}.image_url"))
+            return ImagePart()
+        clips.append(_audio_upload(part.input_audio.data, f"{param}.input_audio"))
+        return SpeechPart("")
+
+    messages = []
+    for i, message in enumerate(request.messages):
+        for j, content in enumerate(message.content):
+            if message.role != "user" and not isinstance(content, TextContent):
+                raise ConversationError(
+                    f"a message with role '{message.role}' holds text only: move this part to a user's message",
+                    f"messages.{i}.content.{j}",
+                )
+        role = "system" if message.role == "developer" else message.role
+        parts = tuple(convert(part, f"messages.{i}.content.{j}") for j, part in enumerate(message.content))
+        messages.append(Message(role, parts))
+    for found, most, what in (
+        (len(images), limits.max_images, "images"),
+        (len(clips), limits.max_audio_clips, "audio clips"),
+        (n_chars, limits.max_text_chars, "characters of text"),
+    ):
+        if found > most:
+            raise BadInput(f"the request holds {found} {what} and at most {most} are allowed", "messages")
+    return ChatCall(
+        model=request.model,
+        messages=tuple(messages),
+        images=tuple(images),
+        clips=tuple(clips),
+        sampling=_sampling(request, limits),
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+    )
+
+
+def _sampling(request: ChatRequest, limits: Limits) -> SamplingParams:
+    temperature = limits.default_temperature if request.temperature is None else request.temperature
+    top_p = 1.0 if request.top_p is None else request.top_p
+    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    return SamplingParams(
+        max_tokens=request.max_completion_tokens or request.max_tokens or limits.default_max_tokens,
+        # The smallest nucleus holds the likeliest token alone, and so does a temperature too low to divide by.
+        temperature=0.0 if top_p == 0 or temperature < 1e-4 else temperature,
+        top_p=top_p or 1.0,
+        seed=request.seed,
+        stop=tuple(stop),
+    )
+
+
+def _image_upload(url: str, param: str) -> Upload:
+    head, comma, data = url.partition(",")
+    media_type, _, encoding = head.removeprefix("data:").partition(";")
+    if not head.startswith("data:") or not comma:
+        raise ImageError(
+            "only images inside the request are accepted: give a data URI such as 'data:image/png;base64,...'", param
+        )
+    if not media_type.startswith("image/") or not encoding.endswith("base64"):
+        raise ImageError("the data URI must begin with 'data:image/...;base64,'", param)
+    try:
+        return Upload(base64.b64decode(data, validate=True), param)
+    except (binascii.Error, ValueError):
+        raise ImageError("the image's data is not valid base64", param) from None
+
+
+def _audio_upload(data: str, param: str) -> Upload:
+    try:
+        return Upload(base64.b64decode(data, validate=True), param)
+    except (binascii.Error, ValueError):
+        raise AudioError("the audio's data is not valid base64", param) from None
+
+
+_REASONS = {
+    "missing": "this field is required",
+    "extra_forbidden": "this field is unknown",
+    "none_required": "this field is not supported: leave it out",
+    "union_tag_invalid": "unknown kind of part: send 'text', 'image_url' or 'input_audio'",
+    "union_tag_not_found": "this field is required",
+    "model_type": "expected an object",
+    "model_attributes_type": "expected an object",
+    "list_type": "expected a list",
+    "too_short": "expected at least one entry",
+}
+"""Problems that we say in our own words, by pydantic's name for them."""
+
+
+def _to_bad_input(problem: ErrorDetails) -> BadInput:
+    location = list(problem["loc"])
+    reason = _REASONS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    if location[0] == "messages" and len(location) > 4:
+        del location[4]  # pydantic names the kind of part here, which is no field of the request
+    elif location[0] == "stop":
+        location, reason = ["stop"], "expected a string, or a list of at most 4, none of them empty"
+    if problem["type"].startswith("union_tag"):
+        location.append("type")
+    param = ".".join(str(part) for part in location)
+    return BadInput(f"'{param}': {reason}", param)

@@ -1,0 +1,138 @@
+"""The LM as a deployment: a conversation and its features -> streamed text.
+
+In: `Message`s in which speech is already text, and one array of features for all images. Out: a stream of
+`EngineChunk`s. Renders with the renderer of training, embeds, and leaves decoding to an engine. Does not know
+HTTP, image files or sound.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmllm_core.bundle import Bundle
+from mmllm_core.conversation import Message, render
+from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest, SamplingParams
+from mmllm_core.engine.transformers_engine import TransformersEngine
+from serve_apps.config import PhiConfig
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the LM is asked."""
+
+    id: str
+    messages: tuple[Message, ...]
+    features: NDArray[np.float16] | None  # (n_images, n_patches, d_vision), in order of appearance
+    sampling: SamplingParams
+
+
+class PhiDeployment:
+    """Runs the LM of a bundle, with its adapter and connector.
+
+    Raises:
+        BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
+    """
+
+    def __init__(self, bundle: Path, config: PhiConfig):
+        torch.set_num_threads(config.n_threads)
+        opened = Bundle.open(bundle)
+        self._device = config.device
+        self._stream_interval_s = config.stream_interval_s
+        self._context_length = opened.profile.language.context_length
+        self._tokenizer = opened.tokenizer
+        self._model = opened.load_model(config.device)
+        self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
+        self._engine: Engine = TransformersEngine(self._model.lm, self._tokenizer, context_length=self._context_length)
+
+    async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:
+        """Answer a prompt. Closing the stream, as a disconnect does, ends the request in the engine.
+
+        Raises:
+            ConversationError: the conversation cannot be rendered or does not fit the context.
+            EngineError: the engine failed.
+        """
+        embeddings = await asyncio.to_thread(self._embed, prompt)  # (t, d_model)
+        request = EngineRequest(prompt.id, embeddings, prompt.sampling)
+        async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is now."""
+        return self._engine.load()
+
+    def check_health(self) -> None:
+        """Ask the engine; Serve replaces a replica whose engine is down.
+
+        Raises:
+            EngineError: the engine cannot serve any more.
+        """
+        self._engine.health()
+
+    @torch.inference_mode()
+    def _embed(self, prompt: Prompt) -> torch.Tensor:
+        """Prompt embeddings (t, d_model)."""
+        rendered = render(
+            prompt.messages,
+            self._tokenizer,
+            n_image_tokens=self._n_image_tokens,
+            max_length=self._context_length - 1,  # an answer has at least one token
+            generation_prompt=True,
+        )
+        input_ids = torch.tensor([rendered.input_ids], device=self._device)  # (1, t)
+        features = None
+        if prompt.features is not None:
+            features = torch.from_numpy(prompt.features.astype(np.float32)).to(self._device)
+        return self._model.embed(input_ids, features)[0]
+
+
+async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> AsyncGenerator[EngineChunk, None]:
+    """Send the first chunk alone and at once, and then whatever came within `interval_s` as one.
+
+    Every item that crosses processes costs about as much as a token of a small model takes; a reader does not
+    notice the interval. Closing this generator closes `chunks`.
+    """
+    loop = asyncio.get_running_loop()
+    held: list[EngineChunk] = []
+    due = loop.time()
+    coming = asyncio.ensure_future(_next(chunks))
+    try:
+        while True:
+            wait_s = max(0.0, due - loop.time()) if held else None
+            await asyncio.wait({coming}, timeout=wait_s)
+            if coming.done():
+                if coming.exception() is not None or (chunk := coming.result()) is None:
+                    break
+                held.append(chunk)
+                coming = asyncio.ensure_future(_next(chunks))
+            if held and loop.time() >= due:
+                yield _merged(held)
+                held, due = [], loop.time() + interval_s
+        if held:
+            yield _merged(held)
+        coming.result()  # raises what ended the stream, after what had come before it
+    finally:
+        coming.cancel()
+        await asyncio.wait({coming})
+        await chunks.aclose()  # type: ignore[attr-defined]
+
+
+async def _next(chunks: AsyncIterator[EngineChunk]) -> EngineChunk | None:
+    return await anext(chunks, None)
+
+
+def _merged(chunks: Sequence[EngineChunk]) -> EngineChunk:
+    last = chunks[-1]
+    return EngineChunk(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
+        prompt_tokens=last.prompt_tokens,
+        completion_tokens=last.completion_tokens,
+        finish_reason=last.finish_reason,
+    )

@@ -1,0 +1,43 @@
+"""Whisper as a deployment: a sound file -> what was said in it.
+
+In: the bytes of one clip. Out: a `Transcript`. Clips are decoded within bounds and transcribed one at a time,
+in threads, so that a replica goes on answering health checks while it listens. Does not know HTTP or
+conversations.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from mmllm_core.audio import Transcriber, Transcript, decode_audio
+from mmllm_core.bundle import Bundle
+from serve_apps.config import WhisperConfig
+from serve_apps.upload import Upload
+
+
+class WhisperDeployment:
+    """Runs the Whisper model of a bundle.
+
+    Raises:
+        BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
+    """
+
+    def __init__(self, bundle: Path, config: WhisperConfig):
+        opened = Bundle.open(bundle)
+        audio = opened.profile.audio
+        self._max_seconds = audio.max_seconds
+        self._transcriber = Transcriber(audio, opened.weights(audio.source), config.device, config.n_threads)
+        self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-audio")
+        self._hearing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transcribe")
+
+    async def transcribe(self, clip: Upload) -> Transcript:
+        """Transcribe one clip.
+
+        Raises:
+            AudioError: the clip cannot be used; it names the field.
+        """
+        loop = asyncio.get_running_loop()
+        waveform = await loop.run_in_executor(
+            self._decoding, decode_audio, clip.data, self._max_seconds, clip.param
+        )  # (n_samples,)
+        return await loop.run_in_executor(self._hearing, self._transcriber.transcribe, waveform)

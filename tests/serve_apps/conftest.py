@@ -1,0 +1,227 @@
+"""A real service for the tests: a tiny bundle on real Ray Serve, spoken to over HTTP.
+
+The LM and the CLIP tower are tiny and random; the tokenizer and Whisper are the embedded profile's own.
+"""
+
+import base64
+import io
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio
+import numpy as np
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
+from mmllm_core.config import PathSource, Profile
+from mmllm_core.models.profile import load_profile
+from mmllm_core.models.resolve import resolve
+from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS, ClipEncoder
+
+ARCHITECTURE = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
+    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+}
+MEDIA = Path(gradio.__file__).parent / "media_assets"
+
+
+@pytest.fixture(scope="session")
+def speech() -> bytes:
+    """An mp3 in which a man says "If you're good at something, never do it for free."."""
+    return (MEDIA / "audio" / "heath_ledger.mp3").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """A bundle in a home of its own, with weights fetched into the usual home."""
+    folder = tmp_path_factory.mktemp("home")
+    profile = load_profile("embedded")
+    whisper, language = resolve(profile.audio.source), resolve(profile.language.source)
+    usual = os.environ.get("MMLLM_HOME")
+    os.environ["MMLLM_HOME"] = str(folder)
+    yield _build_bundle(profile, whisper, language, folder)
+    os.environ.pop("MMLLM_HOME")
+    if usual is not None:
+        os.environ["MMLLM_HOME"] = usual
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service."""
+
+    base_url: str
+    model: str
+    app_name: str
+
+    def client(self) -> openai.OpenAI:
+        """A stock client that does not hide failures behind retries."""
+        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def body(self, content: Any, **fields: Any) -> dict[str, Any]:
+        """A request body of one user message."""
+        return {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 8} | fields
+
+
+@pytest.fixture(scope="session")
+def serve_port() -> Iterator[int]:
+    """Ray and Serve of our own, whatever else runs on this machine."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+    from ray import serve
+
+    port = free_port()
+    ray.init(
+        address="local",  # never somebody else's cluster
+        num_cpus=2,
+        resources={"vision": 8, "audio": 8, "text": 8},
+        object_store_memory=150_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield port
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def service(bundle: Bundle, serve_port: int) -> Service:
+    """The embedded config, chat page included, with a small limit on bodies."""
+    return _deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
+
+
+@pytest.fixture(scope="session")
+def hasty_service(bundle: Bundle, serve_port: int) -> Service:
+    """A service with little time for a request, which answers one at a time and lets one wait."""
+    overrides = {
+        "http.port": serve_port,
+        "ui": False,
+        "limits.request_timeout_s": 2,
+        "phi.autoscaling": None,
+        "phi.max_ongoing_requests": 1,
+        "phi.max_queued_requests": 1,
+    }
+    return _deploy(bundle, "hasty", "/hasty", overrides)
+
+
+def image_uri(colour: str = "red", size: tuple[int, int] = (64, 64), kind: str = "png") -> str:
+    """A picture of one colour as a data URI."""
+    stream = io.BytesIO()
+    Image.new("RGB", size, colour).save(stream, kind)
+    return data_uri(stream.getvalue(), kind)
+
+
+def data_uri(data: bytes, kind: str = "png") -> str:
+    """Bytes as an image's data URI."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def text_part(text: str) -> dict[str, Any]:
+    """A part of text."""
+    return {"type": "text", "text": text}
+
+
+def image_part(url: str) -> dict[str, Any]:
+    """A part that holds an image."""
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def audio_part(data: bytes, kind: str = "wav") -> dict[str, Any]:
+    """A part that holds sound."""
+    return {"type": "input_audio", "input_audio": {"data": base64.b64encode(data).decode(), "format": kind}}
+
+
+def wav(samples: "np.ndarray[Any, Any]", rate: int = 16_000) -> bytes:
+    """Samples in [-1, 1] as a 16-bit mono wav file."""
+    import wave
+
+    stream = io.BytesIO()
+    with wave.open(stream, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+    return stream.getvalue()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+    from ray import serve
+
+    from serve_apps.builder import build, load_serve_config
+
+    config = load_serve_config("embedded", overrides)
+    serve.run(build(config, bundle.folder), name=name, route_prefix=prefix)
+    return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
+
+
+def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path) -> Bundle:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mmllm_core.connectors import build_connector
+    from mmllm_core.language import load_tokenizer
+    from mmllm_core.model import MultimodalLM
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(language)
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=2048,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.2,
+        )
+    )
+    lm.save_pretrained(folder / "lm")
+    tokenizer.save_pretrained(folder / "lm")
+    clip = _save_clip(folder / "clip")
+    profile = profile.model_copy(
+        update={
+            "vision": profile.vision.model_copy(update={"source": PathSource(path=clip), "merge": 1}),
+            "audio": profile.audio.model_copy(update={"source": PathSource(path=whisper)}),
+            "language": profile.language.model_copy(
+                update={"source": PathSource(path=folder / "lm"), "quantization": "none", "dtype": "float32"}
+            ),
+        }
+    )
+    encoder = ClipEncoder(profile.vision, clip)
+    info = BundleInfo(
+        name="tiny",
+        profile=profile,
+        d_vision=encoder.d_vision,
+        n_patches=encoder.n_patches,
+        feature_fingerprint=encoder.fingerprint,
+    )
+    connector = build_connector(profile.connector, encoder.d_vision, 64, output_std=0.2)
+    return save_bundle(info, MultimodalLM(lm, connector), tokenizer, vision_weights=clip)
+
+
+def _save_clip(folder: Path) -> Path:
+    from open_clip.model import _build_vision_tower
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tower = _build_vision_tower(ARCHITECTURE["embed_dim"], ARCHITECTURE["vision_cfg"])
+    save_file({f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}, folder / CLIP_WEIGHTS)
+    (folder / CLIP_CONFIG).write_text(json.dumps({"model_cfg": ARCHITECTURE, "preprocess_cfg": {}}), encoding="utf-8")
+    return folder
