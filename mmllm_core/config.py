@@ -166,8 +166,9 @@ class Recipe(StrictModel):
     stage: Literal["align", "instruct"]
     data: DataMix = DataMix()
     steps: int = Field(gt=0)
-    align_steps: int = Field(default=0, ge=0)
-    """Leading steps in which the connector alone moves."""
+    word_alignment_steps: int = Field(default=0, ge=0)
+    """Steps that first put images near their captions' words, without the LM (`mmllm_core.word_alignment`)."""
+    word_alignment_learning_rate: float = Field(default=5e-4, gt=0)
     micro_batch: int = Field(default=8, gt=0)
     """Conversations a worker takes a step."""
     workers: int = Field(default=2, gt=0)
@@ -188,8 +189,6 @@ class Recipe(StrictModel):
             raise ValueError("an align stage trains the connector alone: set 'lora: null'")
         if self.stage == "instruct" and self.lora is None:
             raise ValueError("an instruct stage trains an adapter: give 'lora'")
-        if self.align_steps >= self.steps:
-            raise ValueError("align_steps must be below steps")
         return self
 
 

@@ -89,7 +89,7 @@ def _worker(config: dict[str, Any]) -> None:
     tokens = tokenizer(captions).to(device)  # (n_captions, context_length)
     parallel = prepare_model(model)
     optimizer = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), betas=(0.9, 0.98), eps=1e-6)
-    log = MetricsLog(Path(config["log"]))
+    log = MetricsLog(Path(config["log"])) if rank == 0 else None
     # Every worker draws the same order and takes its own share of each batch.
     generator = torch.Generator().manual_seed(recipe.seed)
     order = torch.empty(0, dtype=torch.int64)
@@ -117,11 +117,14 @@ def _worker(config: dict[str, Any]) -> None:
         loss_value = float(loss.detach())
         if not math.isfinite(loss_value):
             raise TrainingError(f"step {step}: the CLIP loss is {loss_value}: lower learning_rate in the recipe")
-        if rank == 0 and (step + 1) % 5 == 0:
+        if log and (step + 1) % 5 == 0:
             log.write(step=step + 1, loss=loss_value, seconds=watch.seconds)
+    zero_shot = _zero_shot_accuracy(model, Path(config["data"]), tokens, captions)
+    if log:
+        log.write(phase=f"zero-shot {zero_shot:.1%}", zero_shot=zero_shot)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = _save(model, clip_config, Path(folder)) if rank == 0 else None
-        ray.train.report({"loss": loss_value}, checkpoint=checkpoint)
+        ray.train.report({"loss": loss_value, "zero_shot": zero_shot}, checkpoint=checkpoint)
 
 
 def _save(model: nn.Module, clip_config: dict[str, Any], folder: Path) -> ray.train.Checkpoint:
@@ -132,11 +135,25 @@ def _save(model: nn.Module, clip_config: dict[str, Any], folder: Path) -> ray.tr
     return ray.train.Checkpoint.from_directory(folder)
 
 
-def _load_captioned_images(data: Path) -> tuple[Tensor, Tensor, list[str]]:
+@torch.inference_mode()
+def _zero_shot_accuracy(model: Any, data: Path, tokens: Tensor, captions: list[str]) -> float:
+    """Share of held-out images whose nearest caption is their own."""
+    model.eval()
+    pixels, caption_ids, test_captions = _load_captioned_images(data, "test")
+    wanted = torch.tensor([captions.index(caption) for caption in test_captions])[caption_ids]
+    text = model.encode_text(tokens, normalize=True)  # (c, d)
+    found = [
+        (model.encode_image(_normalise(batch).to(tokens.device), normalize=True) @ text.T).argmax(1).cpu()
+        for batch in pixels.split(256)
+    ]
+    return float((torch.cat(found) == wanted).float().mean())
+
+
+def _load_captioned_images(data: Path, split: easy_vqa.Split = "train") -> tuple[Tensor, Tensor, list[str]]:
     """uint8 pixels (n, 3, h, w), int64 caption ids (n,) and the distinct captions; uncaptioned images are left out."""
     from PIL import Image
 
-    found = [(image.image, image.caption) for image in easy_vqa.load_split(data, "train")]
+    found = [(image.image, image.caption) for image in easy_vqa.load_split(data, split)]
     captioned = [(path, caption) for path, caption in found if caption]
     arrays: list[NDArray[np.uint8]] = [np.asarray(Image.open(path).convert("RGB")) for path, _ in captioned]
     captions = sorted({caption for _, caption in captioned})

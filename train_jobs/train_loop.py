@@ -71,6 +71,8 @@ def train_loop(values: dict[str, Any]) -> None:
     if log:
         log.write(phase="asking before tuning")
     before = evaluator(model)
+    if recipe.word_alignment_steps:
+        _align_to_words(model, tokenizer, recipe, Path(config.data), features)
     engine = _initialise_deepspeed(model, recipe)
     batches = _batches(recipe, profile, config, features, tokenizer, rank, world)
     watch = Stopwatch()
@@ -96,14 +98,11 @@ def train_loop(values: dict[str, Any]) -> None:
 
 
 def learning_rate(recipe: Recipe, part: Part, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero. The adapter stands still for the first `align_steps`."""
-    start = recipe.align_steps if part == "lm" else 0
+    """Linear warm-up, then half a cosine to zero."""
     peak = recipe.lora_learning_rate if part == "lm" else recipe.connector_learning_rate
-    if step < start:
-        return 0.0
-    if step - start < recipe.warmup_steps:
-        return peak * (step - start + 1) / recipe.warmup_steps
-    done = (step - start - recipe.warmup_steps) / max(1, recipe.steps - start - recipe.warmup_steps)
+    if step < recipe.warmup_steps:
+        return peak * (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -205,6 +204,30 @@ def _build_model(
         lm = add_adapter(lm, recipe.lora)
     model = MultimodalLM(lm, connector.to(device, getattr(torch, profile.language.dtype)))
     return model.train(), load_tokenizer(folder)
+
+
+def _align_to_words(
+    model: "MultimodalLM", tokenizer: Any, recipe: Recipe, data: Path, features: StoredFeatures
+) -> None:
+    """Every worker does the same, so that all start from equal weights."""
+    import torch
+
+    from mmllm_core.word_alignment import align_to_words
+
+    captioned = [(image.image, image.caption) for image in easy_vqa.load_split(data, "train")]
+    found = [(features(path), caption) for path, caption in captioned if caption]
+    dtype = model.connector.linear_1.weight.dtype
+    align_to_words(
+        model.connector.float(),  # bf16 would round small updates away
+        torch.from_numpy(np.stack([feature for feature, _ in found])).to(worker_device()),
+        [caption for _, caption in found],
+        model.causal_lm.get_input_embeddings().weight.detach(),
+        tokenizer,
+        steps=recipe.word_alignment_steps,
+        learning_rate=recipe.word_alignment_learning_rate,
+        seed=recipe.seed,
+    )
+    model.connector.to(dtype)
 
 
 def _initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:

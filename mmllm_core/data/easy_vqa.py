@@ -6,6 +6,7 @@ dataset's thirteen answers and nothing of tokens or features.
 
 import json
 import random
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,9 +41,9 @@ class ImageQuestions:
     @property
     def caption(self) -> str | None:
         """`a red circle`, or None where the questions do not give both colour and shape away."""
-        answers = {q.answer for q in self.questions}
-        shape = next((s for s in SHAPES if s in answers), None)
-        colour = next((c for c in COLOURS if c in answers), None)
+        told = {word for question in self.questions for word in _affirmed(question)}
+        shape = next((word for word in SHAPES if word in told), None)
+        colour = next((word for word in COLOURS if word in told), None)
         return f"a {colour} {shape}" if shape and colour else None
 
 
@@ -120,3 +121,11 @@ def _draw_questions(questions: tuple[Question, ...], mix: DataMix, rng: random.R
         left.remove(pick)
         drawn.append(pick)
     return drawn
+
+
+def _affirmed(question: Question) -> set[str]:
+    """Words that are true of the image: the answer, and what a question names if its answer affirms it."""
+    words = set(re.findall(r"[a-z]+", question.question))
+    negated = bool(words & {"not", "no"})
+    denied = question.answer in ("yes", "no") and (question.answer == "yes") == negated
+    return {question.answer} if denied else words | {question.answer}

@@ -1,0 +1,68 @@
+"""Run the assistant on this machine: one bundle, one Serve config, one URL."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmllm_core.bundle import Bundle
+from mmllm_core.errors import EnvironmentLack, MmllmError
+from serve_apps.config import ServeConfig
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Refuse to start what would fail at the very end.
+
+    Raises:
+        EnvironmentLack: something listens there already.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentLack(
+                f"port {port} on {host} cannot be used ({error.strerror}): stop what listens there or give another "
+                "with --port (make: PORT=8001)"
+            ) from error
+
+
+@contextmanager
+def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
+    """Deploy on the Ray that is running and yield the base URL; the deployment ends with the block.
+
+    Raises:
+        MmllmError: a deployment did not start; the message names it and says why.
+    """
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from serve_apps.builder import APP_NAME, build
+
+    application = build(config, bundle.folder)
+    serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
+    try:
+        try:
+            serve.run(application, name=APP_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise MmllmError(_why_not_running(APP_NAME) or f"the assistant did not start: {error}") from error
+        yield config.http.base_url
+    finally:
+        serve.shutdown()
+
+
+def wait_for_ever() -> None:
+    """Block until Ctrl-C."""
+    while True:
+        time.sleep(3600)
+
+
+def _why_not_running(app: str) -> str | None:
+    """The last line of what Serve says of the deployment that failed."""
+    from ray import serve
+
+    for name, deployment in serve.status().applications[app].deployments.items():
+        if deployment.message and deployment.status != "HEALTHY":
+            lines = [line for line in deployment.message.splitlines() if line.strip()]
+            return f"deployment {name} did not start: {lines[-1].strip()}"
+    return None
