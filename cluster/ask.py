@@ -64,12 +64,13 @@ class Asker:
         import openai
 
         try:
-            for chunk in self._client.chat.completions.create(
+            chunks: Any = self._client.chat.completions.create(
                 model=self.model,
                 messages=messages,  # type: ignore[arg-type]
                 max_tokens=max_tokens,
                 stream=True,
-            ):
+            )
+            for chunk in chunks:
                 for heard in (chunk.model_extra or {}).get("transcripts", ()):
                     yield f'(heard: "{heard}")\n'
                 if chunk.choices and chunk.choices[0].delta.content:

@@ -51,7 +51,9 @@ def require_able(port: int) -> None:
 def _python() -> Check:
     found = ".".join(map(str, sys.version_info[:3]))
     good = (3, 11) <= sys.version_info[:2] < (3, 13)
-    return Check("Python", "ok" if good else "stop", found, "" if good else "install Python 3.11 and make the venv anew")
+    return Check(
+        "Python", "ok" if good else "stop", found, "" if good else "install Python 3.11 and make the venv anew"
+    )
 
 
 def _torch() -> Check:
@@ -61,7 +63,9 @@ def _torch() -> Check:
 
     bf16 = "bf16 instructions" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no bf16 instructions"
     found = f"{torch.__version__}, {torch.get_num_threads()} threads, {bf16}"
-    return Check("torch", "ok", found, "" if bf16.startswith("bf16") else "training and answers are about twice as slow")
+    return Check(
+        "torch", "ok", found, "" if bf16.startswith("bf16") else "training and answers are about twice as slow"
+    )
 
 
 def _compiler() -> Check:
@@ -76,7 +80,9 @@ def _memory() -> Check:
     found = f"{total:.0f} GB, {free:.0f} GB available"
     if free < 4:
         return Check("memory", "stop", found, "the demo needs 4 GB available: close something")
-    return Check("memory", "ok" if free >= 8 else "lack", found, "" if free >= 8 else "training may swap: 8 GB are better")
+    return Check(
+        "memory", "ok" if free >= 8 else "lack", found, "" if free >= 8 else "training may swap: 8 GB are better"
+    )
 
 
 def _disk() -> Check:
@@ -93,7 +99,7 @@ def _port(port: int) -> Check:
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", port)) == 0
     if taken:
-        return Check(f"port {port}", "stop", "taken", "stop what listens there or give another: --port (make: PORT=8001)")
+        return Check(f"port {port}", "stop", "taken", "stop what listens there or give another: --port (make: PORT=)")
     return Check(f"port {port}", "ok", "free")
 
 

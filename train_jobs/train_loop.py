@@ -15,17 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import ray.train
-from numpy.typing import NDArray
-from PIL import Image
 
 from mmllm_core.config import ConnectorConfig, Profile, Recipe
 from mmllm_core.data import easy_vqa
-from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.data.sample import Sample
 from mmllm_core.errors import TrainingError
-from mmllm_core.vision import feature_key
 from train_jobs.launch import worker_device
 from train_jobs.progress import MetricsLog, Stopwatch
+from train_jobs.stored_features import StoredFeatures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,26 +115,6 @@ def load_trained(folder: Path, config: ConnectorConfig) -> tuple["MlpConnector",
     connector.load_state_dict(state)
     adapter = folder / "adapter"
     return connector, adapter if adapter.is_dir() else None
-
-
-class StoredFeatures:
-    """Features of image files from the store; a missing one is an error that names the image."""
-
-    def __init__(self, store: Path, fingerprint: str):
-        self._store = FeatureStore(store)
-        self._fingerprint = fingerprint
-
-    def __call__(self, path: Path) -> NDArray[np.float16]:
-        """Features (n_patches, d_vision) of an image file.
-
-        Raises:
-            TrainingError: the image was not embedded.
-        """
-        with Image.open(path) as image:
-            found = self._store.get(feature_key(image.convert("RGB"), self._fingerprint))
-        if found is None:
-            raise TrainingError(f"{path}: no stored features: run 'mmllm embed' first")
-        return found
 
 
 class _Evaluator:

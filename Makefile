@@ -1,0 +1,55 @@
+# Everything runs in one virtual environment, made on first use. Settings: PYTHON, VENV, PORT, PROFILE, ARGS.
+VENV    ?= .venv
+PORT    ?= 8000
+PROFILE ?= embedded
+PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
+BIN     := $(VENV)/bin
+
+.PHONY: help install demo serve chat doctor test lint clean
+help:
+	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
+	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
+	@echo "make doctor    what this machine has, and what each lack costs"
+	@echo "make test      run the tests        make lint   ruff and mypy        make clean   remove the environment"
+
+install: $(VENV)/.installed
+
+demo: install
+	@$(BIN)/mmllm demo --port $(PORT) $(ARGS)
+
+serve: install
+	@$(BIN)/mmllm serve --profile $(PROFILE) --port $(PORT) $(ARGS)
+
+doctor: install
+	@$(BIN)/mmllm doctor --port $(PORT)
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "mmllm: no Python found: install Python 3.11"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || \
+	  { echo "mmllm: $(PYTHON) is $$($(PYTHON) -V) and 3.11 or 3.12 is needed: install it, or name it: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "mmllm: $(PYTHON) cannot make virtual environments: install its venv module (Debian: apt install python3-venv)"; exit 1; }
+	@touch $@
+
+# A failed pip says why in its own last lines; the line below it says what to do.
+define pip_install
+	@echo "installing into $(VENV); the first time takes a few minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(1)' || \
+	  { echo "mmllm: the installation failed: check the network and the disk ('df -h .'), then run make again"; exit 1; }
+	@touch $@
+endef
+
+$(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
+	$(call pip_install,.)
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(call pip_install,.[dev])

@@ -1,0 +1,200 @@
+"""The `mmllm` command. Options in, one readable line out when something is wrong; the work is done elsewhere."""
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cluster.local import quieten
+from mmllm_core.errors import MmllmError
+
+if TYPE_CHECKING:
+    from mmllm_core.bundle import Bundle
+
+app = typer.Typer(help="CLIP sees, Whisper hears, a Phi model answers.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings of the recipe to change, as key=value.")]
+
+
+@app.command()
+def demo(
+    port: Port = 8000,
+    short: Annotated[bool, typer.Option("--short", help="Train briefly: shows that every part works.")] = False,
+    stay: Annotated[bool, typer.Option(help="Leave the assistant running at the end.")] = True,
+    verbose: Verbose = False,
+) -> None:
+    """Fetch, train, report, serve and ask: the whole way on this machine."""
+    from cluster.demo import DemoOptions, run_demo
+
+    run_demo(DemoOptions(port, short, stay, verbose))
+
+
+@app.command()
+def train(recipe: str, overrides: Overrides = None, verbose: Verbose = False) -> None:
+    """Train what RECIPE says: a name such as embedded-clip or embedded-instruct, or a YAML file."""
+    from cluster.local import local_ray
+    from mmllm_core.config import ClipRecipe, parse_overrides
+    from train_jobs.recipe import load_recipe
+    from train_jobs.train import train as train_lm
+    from train_jobs.train_clip import train_clip
+
+    loaded = load_recipe(recipe, parse_overrides(overrides or []))
+    with local_ray(verbose=verbose):
+        made = train_clip(loaded) if isinstance(loaded, ClipRecipe) else train_lm(loaded).bundle.folder
+    console.print(made)
+
+
+@app.command()
+def embed(
+    profile: Annotated[str, typer.Option(help="Whose CLIP encodes.")] = "embedded",
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    verbose: Verbose = False,
+) -> None:
+    """Put the CLIP features of the training and test images into the feature store."""
+    from cluster.local import local_ray
+    from train_jobs.embed_images import embed_easy_vqa
+
+    with local_ray(verbose=verbose):
+        console.print(f"{embed_easy_vqa(profile, workers=workers)} new features")
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
+    questions: Annotated[int, typer.Option(help="Test questions to ask; 0 asks all.", min=0)] = 300,
+    workers: Annotated[int, typer.Option(min=1)] = 2,
+    verbose: Verbose = False,
+) -> None:
+    """Ask a bundle held-out questions and print its accuracy by kind of question."""
+    from cluster.local import local_ray
+    from mmllm_core.bundle import Bundle
+    from train_jobs.evaluate import evaluate as score
+
+    opened = Bundle.open(bundle) if bundle else Bundle.latest()
+    with local_ray(verbose=verbose):
+        scores, baseline = score(opened, limit=questions or None, workers=workers)
+    table = Table("kind", "asked", "always the commonest", opened.info.name, box=None, padding=(0, 2))
+    for kind, found in scores.items():
+        table.add_row(kind, str(found.asked), f"{baseline[kind].accuracy:.1%}", f"{found.accuracy:.1%}")
+    console.print(table)
+
+
+@app.command()
+def serve(
+    profile: Annotated[str, typer.Option(help="embedded, phi, or a serve config's YAML file.")] = "embedded",
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
+    port: Port = 8000,
+    verbose: Verbose = False,
+) -> None:
+    """Serve a bundle: the API under /v1 and the chat page at /."""
+    from cluster.local import local_ray
+    from cluster.server import require_free_port, serving, wait_for_ever
+    from serve_apps.builder import load_serve_config
+
+    config = load_serve_config(profile, {"http.port": port})
+    require_free_port(config.http.host, config.http.port)
+    opened = _bundle_for(profile, bundle)
+    with ExitStack() as stack:
+        with console.status(f"deploying CLIP, Whisper and Phi of '{opened.info.name}'"):
+            stack.enter_context(local_ray(verbose=verbose))
+            url = stack.enter_context(serving(opened, config))
+        console.print(f"Chat page: {url}   API: {url}/v1   model: {opened.info.name}   Ctrl-C ends all of it.")
+        wait_for_ever()
+
+
+@app.command()
+def chat(
+    question: Annotated[str | None, typer.Argument(help="Ask once; without it, talk until Ctrl-D.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to send along.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="A recording to send along.")] = None,
+    url: Annotated[str, typer.Option(help="Where the assistant is served.")] = "http://127.0.0.1:8000",
+) -> None:
+    """Talk to a running assistant in the terminal."""
+    from cluster.ask import Asker, user_message
+
+    asker = Asker(url)
+    history = []
+    once = bool(question or image or audio)
+    while True:
+        try:
+            text = question if once else console.input("[bold blue]you[/bold blue] ")
+        except EOFError:
+            return
+        if not once and not (text or "").strip():
+            continue
+        history.append(user_message(text, image, audio))
+        answer = ""
+        for piece in asker.stream(history):
+            console.print(piece, end="", markup=False, highlight=False)
+            answer += piece if not piece.startswith("(heard:") else ""
+        console.print()
+        if once:
+            return
+        history.append({"role": "assistant", "content": answer or "..."})
+        image = audio = None
+
+
+@app.command()
+def doctor(port: Port = 8000) -> None:
+    """Say what this machine has, and what each lack costs."""
+    from cluster.doctor import examine
+
+    marks = {"ok": "[green]ok[/green]", "lack": "[yellow]lacks[/yellow]", "stop": "[red]stops[/red]"}
+    table = Table("", "", "found", "what it costs, and the mend", box=None, padding=(0, 2))
+    stops = 0
+    for check in examine(port):
+        stops += check.state == "stop"
+        table.add_row(marks[check.state], check.name, check.found, check.cost)
+    console.print(table)
+    if stops:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command; a foreseen error is one line on stderr."""
+    quieten()
+    try:
+        app(standalone_mode=False)
+    except MmllmError as error:
+        Console(stderr=True).print(f"[bold red]mmllm:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong option, told by the parser
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _bundle_for(profile: str, folder: Path | None) -> "Bundle":
+    """The bundle to serve; a profile with an aligned checkpoint imports it once."""
+    from mmllm_core.bundle import Bundle, bundles_folder
+    from mmllm_core.models.profile import load_profile, profile_names
+    from mmllm_core.models.resolve import resolve
+
+    if folder:
+        return Bundle.open(folder)
+    checkpoint = load_profile(profile).aligned_checkpoint if profile in profile_names() else None
+    if checkpoint is None:
+        return Bundle.latest()
+    name = checkpoint.repo.rpartition("/")[2]
+    if (bundles_folder() / name).is_dir():
+        return Bundle.open(bundles_folder() / name)
+    from mmllm_core.interop.llava import import_llava
+
+    with console.status(f"importing {checkpoint.repo}, once"):
+        return import_llava(resolve(checkpoint), profile=load_profile(profile), name=name, make_latest=False)
+
+
+if __name__ == "__main__":
+    main()
