@@ -72,12 +72,8 @@ def run_demo(options: DemoOptions) -> None:
             _ask(url)
             console.print(f"\n[bold]Done in {time.monotonic() - started:.0f} s.[/bold]")
             if options.stay:
-                console.print(
-                    f"[bold]Chat page: [link={url}]{url}[/link][/bold]   API: {url}/v1   Ctrl-C ends all of it."
-                )
+                console.print(f"[bold]Chat page: {url}[/bold]   API: {url}/v1   Ctrl-C ends all of it.")
                 wait_for_ever()
-        finally:
-            service.__exit__(None, None, None)
 
 
 def _train(options: DemoOptions) -> Bundle:

@@ -21,7 +21,7 @@ from mmllm_core.models.home import home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import ClipEncoder, decode_image
-from train_jobs.launch import has_gpus
+from train_jobs.launch import has_gpus, quiet_ray_data
 from train_jobs.progress import progress_bar
 
 
@@ -41,7 +41,7 @@ def embed_images(
     Raises:
         ImageError: a file is not an image; the message names it.
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_ray_data()
     gpus = has_gpus(workers)
     dataset = ray.data.from_items([{"path": str(path)} for path in paths], override_num_blocks=workers * 4)
     written = dataset.map_batches(

@@ -15,7 +15,7 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.data import easy_vqa
 from mmllm_core.evaluation.accuracy import Scores, answer_questions, commonest_answer_baseline, score_by_kind
 from mmllm_core.models.home import home
-from train_jobs.launch import has_gpus
+from train_jobs.launch import has_gpus, quiet_ray_data
 from train_jobs.progress import progress_bar
 from train_jobs.stored_features import StoredFeatures
 
@@ -30,7 +30,7 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
     Returns:
         The bundle's scores and those of always giving a kind's commonest answer.
     """
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet_ray_data()
     gpus = has_gpus(workers)
     questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
     dataset = ray.data.from_items([{"row": row} for row in range(len(questions))], override_num_blocks=workers * 4)

@@ -3,6 +3,7 @@
 Knows Ray Train and the hardware; nothing of models or data.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,14 @@ def run_workers(
 def has_gpus(workers: int) -> bool:
     """Whether Ray has a GPU for each worker."""
     return bool(ray.cluster_resources().get("GPU", 0) >= workers)
+
+
+def quiet_ray_data() -> None:
+    """Leave the screen to our own bars; Ray Data's log files keep everything."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def worker_device() -> str:
