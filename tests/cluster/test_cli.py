@@ -1,0 +1,72 @@
+"""The command line: foreseen errors are one line, and the doctor tells the truth."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.doctor import examine
+from cluster.server import require_free_port
+from mmllm_core.errors import EnvironmentLack
+
+
+def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"MMLLM_HOME": str(home), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_serving_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
+    done = run("serve", "--port", "8123", home=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("mmllm:")
+    assert "make demo" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("train", "no-such-recipe"), "no-such-recipe"),
+        (("train", "embedded-instruct", "lora.rnak=8"), "lora.rnak"),
+        (("train", "embedded-instruct", "steps"), "key=value"),
+        (("train", "embedded-instruct", "steps=-1"), "steps"),
+        (("serve", "--profile", "no-such-profile"), "no-such-profile"),
+        (("evaluate", "--bundle", "/nowhere"), "/nowhere"),
+        (("chat", "hello", "--url", "http://127.0.0.1:9"), "make serve"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(arguments: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    done = run(*arguments, home=tmp_path)
+    assert done.returncode == 1
+    assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_taken_port_is_refused_before_any_work() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(EnvironmentLack, match=str(port)):
+            require_free_port("127.0.0.1", port)
+        assert next(check for check in examine(port) if check.name.startswith("port")).state == "stop"
+
+
+def test_the_doctor_misses_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check = next(check for check in examine() if check.name == "C++ compiler")
+    assert check.state == "stop"
+    assert "g++" in check.cost
+
+
+def test_the_doctor_sees_what_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMLLM_HOME", str(tmp_path))
+    states = {check.name: check.state for check in examine()}
+    assert states["bundle"] == "lack"
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "latest").write_text("some")
+    assert {check.name: check.state for check in examine()}["bundle"] == "ok"
