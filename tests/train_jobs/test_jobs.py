@@ -1,0 +1,138 @@
+"""The jobs for real, small: Ray Train, DeepSpeed ZeRO-2, NF4 and LoRA on two CPU workers; real data, tiny models."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from cluster.local import local_ray, quieten
+from mmllm_core.bundle import Bundle
+from mmllm_core.config import ClipRecipe, Recipe, parse_config
+from mmllm_core.data import easy_vqa
+from mmllm_core.errors import TrainingError
+from mmllm_core.models.home import home
+from mmllm_core.models.profile import load_profile
+from mmllm_core.models.resolve import resolve
+from train_jobs.embed_images import embed_easy_vqa
+from train_jobs.evaluate import evaluate
+from train_jobs.train import TrainedRun, train
+from train_jobs.train_clip import train_clip
+
+pytestmark = pytest.mark.slow
+
+CLIP = {
+    "name": "tiny-clip",
+    "architecture": {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 64, "layers": 1, "head_width": 32},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1},
+    },
+    "steps": 6,
+    "batch_size": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A profile file of tiny models in a home of its own; packages come from the usual home."""
+    quieten()
+    folder = tmp_path_factory.mktemp("home")
+    embedded = load_profile("embedded")
+    tokenizer_folder = resolve(embedded.language.source)
+    easy_vqa.fetch()
+    usual = os.environ.get("MMLLM_HOME")
+    (folder / "packages").symlink_to(home() / "packages")
+    os.environ["MMLLM_HOME"] = str(folder)
+    _save_tiny_lm(tokenizer_folder, folder / "lm")
+    values = embedded.model_dump(mode="json")
+    values["vision"] |= {"source": {"kind": "trained", "recipe": "tiny-clip"}, "merge": 2}
+    values["language"] |= {"source": {"kind": "path", "path": str(folder / "lm")}}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    with local_ray():
+        yield path
+    os.environ.pop("MMLLM_HOME")
+    if usual is not None:
+        os.environ["MMLLM_HOME"] = usual
+
+
+def recipe(profile: Path, **changes: object) -> Recipe:
+    """Three steps of what embedded-instruct does."""
+    values = {"name": "tiny", "profile": str(profile), "stage": "instruct", "steps": 3, "micro_batch": 2}
+    values |= {"word_alignment_steps": 5, "evaluation_questions": 20, "lora": {"rank": 4}}
+    return parse_config(Recipe, values | changes, "test")
+
+
+@pytest.fixture(scope="module")
+def run(profile: Path) -> TrainedRun:
+    clip = parse_config(ClipRecipe, CLIP, "test")
+    weights = train_clip(clip)
+    stamp = weights.stat().st_mtime_ns
+    assert train_clip(clip).stat().st_mtime_ns == stamp, "an equal recipe is not trained again"
+    n_images = sum(len(easy_vqa.load_split(easy_vqa.fetch(), split)) for split in ("train", "test"))
+    written = embed_easy_vqa(str(profile))
+    assert 0 < written <= n_images, "pictures with equal pixels are stored once"
+    assert embed_easy_vqa(str(profile)) == 0, "what is stored is not encoded again"
+    return train(recipe(profile))
+
+
+def test_training_leaves_a_bundle_that_opens_and_answers(run: TrainedRun) -> None:
+    bundle = Bundle.latest()
+    assert bundle.folder == run.bundle.folder
+    model = bundle.load_model()
+    assert model.trainable_names() == set()
+    assert bundle.load_vision().fingerprint == bundle.info.feature_fingerprint
+    scores, baseline = evaluate(bundle, limit=24, workers=1)
+    assert scores["all"].asked == baseline["all"].asked == 24
+
+
+def test_only_what_was_trained_is_saved(run: TrainedRun) -> None:
+    from safetensors import safe_open
+
+    with safe_open(run.bundle.folder / "adapter" / "adapter_model.safetensors", framework="pt") as adapter:
+        assert all("lora_" in key for key in adapter.keys())  # noqa: SIM118
+        assert any(adapter.get_tensor(key).abs().sum() > 0 for key in adapter.keys() if "lora_B" in key)  # noqa: SIM118
+
+
+def test_a_run_records_what_made_it(run: TrainedRun) -> None:
+    info = run.bundle.info
+    assert info.recipe["steps"] == 3
+    assert info.data == {"easy-vqa": easy_vqa.SOURCE.sha256}
+    assert info.versions["torch"] == torch.__version__.partition("+")[0]
+    assert run.after["all"].asked == run.before["all"].asked == 20
+    assert (run.folder / "loss.png").stat().st_size > 1000
+    assert (run.folder / "accuracy.png").stat().st_size > 1000
+
+
+def test_an_equal_recipe_reuses_the_bundle(run: TrainedRun, profile: Path) -> None:
+    before = (run.bundle.folder / "bundle.json").stat().st_mtime_ns
+    again = train(recipe(profile))
+    assert (again.bundle.folder / "bundle.json").stat().st_mtime_ns == before
+    assert again.after == run.after
+
+
+def test_a_loss_that_is_not_finite_is_one_named_error(run: TrainedRun, profile: Path) -> None:
+    broken = recipe(profile, name="broken", lora_learning_rate=1e30, connector_learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(TrainingError, match="the loss is"):
+        train(broken)
+    assert Bundle.latest().folder == run.bundle.folder, "the last good bundle stays"
+
+
+def _save_tiny_lm(tokenizer_folder: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
