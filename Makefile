@@ -40,11 +40,11 @@ $(VENV)/.python:
 	  { echo "mmllm: $(PYTHON) cannot make virtual environments: install its venv module (Debian: apt install python3-venv)"; exit 1; }
 	@touch $@
 
-# A failed pip says why in its own last lines; the line below it says what to do.
 define pip_install
 	@echo "installing into $(VENV); the first time takes a few minutes"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '$(1)' || \
-	  { echo "mmllm: the installation failed: check the network and the disk ('df -h .'), then run make again"; exit 1; }
+	@$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '$(1)' \
+	  >$(VENV)/pip.log 2>&1 || \
+	  { echo "mmllm: pip failed ($$(grep -m1 ERROR $(VENV)/pip.log)): check network and disk, see $(VENV)/pip.log, run make again"; exit 1; }
 	@touch $@
 endef
 

@@ -95,11 +95,12 @@ def serve(
 ) -> None:
     """Serve a bundle: the API under /v1 and the chat page at /."""
     from cluster.local import local_ray
-    from cluster.server import require_free_port, serving, wait_for_ever
+    from cluster.server import require_devices, require_free_port, serving, wait_for_ever
     from serve_apps.builder import load_serve_config
 
     config = load_serve_config(profile, {"http.port": port})
     require_free_port(config.http.host, config.http.port)
+    require_devices(config)
     opened = _bundle_for(profile, bundle)
     with ExitStack() as stack:
         with console.status(f"deploying CLIP, Whisper and Phi of '{opened.info.name}'"):

@@ -117,8 +117,9 @@ def _ask(url: str) -> None:
     answer = asker.ask([user_message(question.question, image=question.image)])
     shown = f"{question.question} ({question.image.name}, in truth {question.answer})"
     console.print(f"  [bold]image [/bold] {shown} -> [green]{answer.text}[/green]")
-    answer = asker.ask([user_message(audio=spoken_clip())])
-    console.print(f'  [bold]speech[/bold] "{" ".join(answer.transcripts)}" -> [green]{answer.text}[/green]')
+    text = "Is this good advice?"
+    answer = asker.ask([user_message(text, audio=spoken_clip())])
+    console.print(f'  [bold]speech[/bold] "{" ".join(answer.transcripts)}" {text} -> [green]{answer.text}[/green]')
 
 
 def spoken_clip() -> Path:

@@ -27,6 +27,22 @@ def require_free_port(host: str, port: int) -> None:
             ) from error
 
 
+def require_devices(config: ServeConfig) -> None:
+    """Refuse a config whose replicas would wait for a GPU for ever.
+
+    Raises:
+        EnvironmentLack: a deployment wants CUDA and this machine has none.
+    """
+    import torch
+
+    wanting = [name for name in ("clip", "whisper", "phi") if getattr(config, name).device == "cuda"]
+    if wanting and not torch.cuda.is_available():
+        raise EnvironmentLack(
+            f"serve config '{config.name}' runs {', '.join(wanting)} on an NVIDIA GPU and this machine has none that "
+            "torch can use: serve the 'embedded' profile here"
+        )
+
+
 @contextmanager
 def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
     """Deploy on the Ray that is running and yield the base URL; the deployment ends with the block.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cluster.doctor import examine
 from cluster.server import require_free_port
@@ -44,6 +45,13 @@ def test_a_mistake_is_one_line_that_names_it(arguments: tuple[str, ...], named: 
     assert done.returncode == 1
     assert named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_phi_profile_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
+    done = run("serve", "--profile", "phi", "--port", "8124", home=tmp_path)
+    assert done.returncode == 1
+    assert "GPU" in done.stderr
 
 
 def test_a_taken_port_is_refused_before_any_work() -> None:
