@@ -143,7 +143,9 @@ class ClipRecipe(StrictModel):
     learning_rate: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup_steps: int = Field(default=20, ge=0)
-    workers: int = Field(default=2, gt=0)
+    workers: int = Field(default=1, gt=0)
+    cpus_per_worker: int = Field(default=1, gt=0)
+    """Cores of a worker that has no GPU."""
     seed: int = 0
 
 

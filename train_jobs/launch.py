@@ -18,29 +18,36 @@ from mmllm_core.errors import EnvironmentLack, MmllmError, TrainingError
 
 
 def run_workers(
-    worker: Callable[[dict[str, Any]], None], config: dict[str, Any], *, workers: int, name: str, storage: Path
+    worker: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    *,
+    workers: int,
+    name: str,
+    storage: Path,
+    cpus: int = 1,
 ) -> Result:
     """Run `worker(config)` on `workers` Ray Train workers and return the run's result.
 
     Args:
         config: picklable, given to every worker.
         storage: folder that all nodes see, for checkpoints.
+        cpus: cores of a worker, where there are not enough GPUs.
 
     Raises:
         TrainingError: a worker failed; the message is the cause's own.
         EnvironmentLack: the cluster is too small.
     """
     use_gpu = has_gpus(workers)
-    if not use_gpu and ray.cluster_resources().get("CPU", 0) < workers:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
+    there = int(ray.cluster_resources().get("CPU", 0))
+    if not use_gpu and there < workers * cpus:
         raise EnvironmentLack(
-            f"{workers} workers need {workers} CPUs and Ray has {cpus}: lower 'workers' in the recipe"
+            f"{name}: {workers} workers of {cpus} CPUs do not fit the {there} CPUs that Ray has: lower 'workers'"
         )
     trainer = TorchTrainer(
         worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": 1}
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": cpus}
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(name=name, storage_path=str(storage)),

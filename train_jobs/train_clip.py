@@ -51,7 +51,14 @@ def train_clip(recipe: ClipRecipe) -> Path:
     log.unlink(missing_ok=True)
     config = {"recipe": recipe.model_dump(mode="json"), "data": str(data), "log": str(log)}
     with following(log, recipe.steps, "training CLIP"):
-        result = run_workers(_worker, config, workers=recipe.workers, name=recipe.name, storage=home() / "ray")
+        result = run_workers(
+            _worker,
+            config,
+            workers=recipe.workers,
+            cpus=recipe.cpus_per_worker,
+            name=recipe.name,
+            storage=home() / "ray",
+        )
     with building(output, inputs) as scratch, result.checkpoint.as_directory() as checkpoint:
         for name in (CLIP_CONFIG, CLIP_WEIGHTS):
             shutil.copy(Path(checkpoint) / name, scratch / name)

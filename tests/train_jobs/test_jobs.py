@@ -32,6 +32,7 @@ CLIP = {
     },
     "steps": 6,
     "batch_size": 32,
+    "workers": 2,
 }
 
 
