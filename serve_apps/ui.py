@@ -32,7 +32,7 @@ HEARD, NOTICE = "heard", "notice"  # metadata ids of what the page adds to an an
 FONTS, MONO = ["system-ui", "Segoe UI", "sans-serif"], ["ui-monospace", "Menlo", "monospace"]
 CSS = """
 .examples .example {border: 1px solid var(--border-color-primary); border-radius: 10px}
-.message blockquote {margin-top: 0}
+.message .prose blockquote {margin: 0 !important}
 .message-buttons-right {display: none}
 """
 PAGE_OPTIONS: dict[str, Any] = {  # the look and the limits, for `gr.mount_gradio_app` and `Blocks.launch` alike
@@ -133,7 +133,7 @@ def to_messages(history: list[Message], new_message: Message) -> list[Message]:
 def to_reply(heard: list[str], text: str, notice: str = "") -> list[Message]:
     """What the page shows for one answer: what was heard, the answer so far, and what went wrong."""
     quotes = "\n".join(f"> Heard: {' '.join(line.split()) or '(no speech)'}" for line in heard)
-    shown = [(quotes, HEARD), (text, ""), (notice, NOTICE)]
+    shown = [(quotes, HEARD), (text, ""), (notice and f"⚠️ {notice}", NOTICE)]
     return [
         {"role": "assistant", "content": content} | ({"metadata": {"id": kind}} if kind else {})
         for content, kind in shown

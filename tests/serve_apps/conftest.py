@@ -175,7 +175,6 @@ def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path)
 
     from mmllm_core.connectors import build_connector
     from mmllm_core.language import load_tokenizer
-    from mmllm_core.model import MultimodalLM
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(language)
@@ -213,7 +212,7 @@ def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path)
         feature_fingerprint=encoder.fingerprint,
     )
     connector = build_connector(profile.connector, encoder.d_vision, 64, output_std=0.2)
-    return save_bundle(info, MultimodalLM(lm, connector), tokenizer, vision_weights=clip)
+    return save_bundle(info, connector, tokenizer, vision_weights=clip)
 
 
 def _save_clip(folder: Path) -> Path:

@@ -219,7 +219,7 @@ def test_a_conversation_streams_shows_what_was_heard_and_carries_its_history(
     assert [shown(state) for state in states[-2:]] == [["It is "], ["It is red."]]
     assert shown(ask(client, "", recording)[-1]) == ["> Heard: recording 1", "It is red."]
     assert shown(ask(client, "", recording)[-1]) == ["> Heard: recording 2", "It is red."]
-    assert shown(ask(client, "refuse")[-1]) == ["The assistant could not answer: the picture has no pixels"]
+    assert shown(ask(client, "refuse")[-1]) == ["⚠️ The assistant could not answer: the picture has no pixels"]
     ask(client, "Thanks")
     messages = stand_in.requests[-1]["messages"]
     kinds = [m["content"] if m["role"] == "assistant" else [part["type"] for part in m["content"]] for m in messages]

@@ -60,6 +60,12 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         os.environ["MMLLM_HOME"] = usual
 
 
+@pytest.fixture(autouse=True)
+def _shared_home(_home_of_the_test: None, profile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests of this file look at one home; elsewhere each has its own."""
+    monkeypatch.setenv("MMLLM_HOME", str(profile.parent))
+
+
 def recipe(profile: Path, **changes: object) -> Recipe:
     """Three steps of what embedded-instruct does."""
     values = {"name": "tiny", "profile": str(profile), "stage": "instruct", "steps": 3, "micro_batch": 2}
