@@ -118,7 +118,7 @@ def test_files_of_other_kinds_and_files_that_are_too_large_are_refused_by_name(t
         file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(QuestionError, match=r"notes\.txt is neither a picture nor a recording"):
         to_messages([], {"text": "", "files": [str(notes)]})
-    with pytest.raises(QuestionError, match=r"scan\.png is larger than 20 MB"):
+    with pytest.raises(QuestionError, match=r"scan\.png is larger than 16 MB"):
         to_messages([], {"text": "", "files": [str(scan)]})
 
 
