@@ -26,7 +26,7 @@ from mmllm_core.errors import MmllmError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".opus", ".webm", ".aac")
-MAX_FILE_BYTES = 20 * 2**20
+MAX_FILE_BYTES = 16 * 2**20  # 22.4 MB as base64: one such file fits into a request
 HEARD, NOTICE = "heard", "notice"  # metadata ids of what the page adds to an answer; never sent back to the model
 
 FONTS, MONO = ["system-ui", "Segoe UI", "sans-serif"], ["ui-monospace", "Menlo", "monospace"]
