@@ -1,0 +1,136 @@
+"""Configs, easy-VQA, collation and scoring."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mmllm_core.config import DataMix, Profile, load_config, parse_overrides
+from mmllm_core.conversation import IGNORE_INDEX, Rendered
+from mmllm_core.data import easy_vqa
+from mmllm_core.data.collate import collate
+from mmllm_core.data.sample import Question
+from mmllm_core.errors import ConfigError, WeightsError
+from mmllm_core.evaluation.accuracy import commonest_answer_baseline, merge_scores, normalise, score_by_kind
+from mmllm_core.models.profile import load_profile, profile_names
+
+ROWS = [
+    ["what color is the shape?", "blue", 0],
+    ["is there not a circle?", "no", 0],
+    ["is there a triangle?", "no", 0],
+    ["does the image not contain a red shape?", "yes", 0],
+    ["is no triangle present?", "yes", 1],
+    ["is there a red shape?", "yes", 1],
+    ["what shape is present?", "rectangle", 2],
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "questions.json").write_text(json.dumps(ROWS))
+    return tmp_path
+
+
+def test_captions_follow_from_answers_and_what_they_affirm(data: Path) -> None:
+    captions = [image.caption for image in easy_vqa.load_split(data, "train")]
+    assert captions == ["a blue circle", None, None]
+
+
+def test_kinds_are_told_by_the_answer(data: Path) -> None:
+    kinds = [q.kind for image in easy_vqa.load_split(data, "test") for q in image.questions]
+    assert kinds == ["colour", "yes/no", "yes/no", "yes/no", "yes/no", "yes/no", "shape"]
+
+
+def test_training_conversations_are_reproducible_and_pass_every_image_each_epoch(data: Path) -> None:
+    mix = DataMix(questions_per_image=2, caption_share=0.5)
+    first, again = (list(islice(easy_vqa.training_samples(data, mix, seed=3), 9)) for _ in range(2))
+    assert first == again
+    for epoch in range(3):
+        assert {sample.images[0].stem for sample in first[3 * epoch : 3 * epoch + 3]} == {"0", "1", "2"}
+    for sample in first:
+        roles = [message.role for message in sample.messages]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert sum(type(part).__name__ == "ImagePart" for m in sample.messages for part in m.parts) == 1
+
+
+def test_held_out_questions_are_a_fixed_draw(data: Path) -> None:
+    assert easy_vqa.held_out_questions(data, 3, seed=1) == easy_vqa.held_out_questions(data, None, seed=1)[:3]
+
+
+def test_a_folder_without_the_dataset_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"questions\.json"):
+        easy_vqa.load_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_is_masked_by_length_not_by_id(padding: str) -> None:
+    rows = [Rendered([1, 0, 0], [IGNORE_INDEX, 0, 0], 0), Rendered([5], [IGNORE_INDEX], 0)]
+    batch = collate(rows, [], padding)  # type: ignore[arg-type]
+    assert batch.attention_mask[0].tolist() == [1, 1, 1]
+    assert batch.attention_mask[1].tolist() == ([0, 0, 1] if padding == "left" else [1, 0, 0])
+    assert batch.n_supervised == 2
+
+
+def test_features_must_match_images() -> None:
+    with pytest.raises(ValueError, match="1 images"):
+        collate([Rendered([1], [IGNORE_INDEX], 1)], [])
+    batch = collate([Rendered([1], [IGNORE_INDEX], 1)], [np.zeros((5, 8), dtype=np.float16)])
+    assert batch.features is not None
+    assert batch.features.shape == (1, 5, 8)
+
+
+def question(kind: str, answer: str) -> Question:
+    return Question("q", Path("x.png"), "what?", answer, kind)
+
+
+def test_scores_by_kind_and_baseline() -> None:
+    questions = [
+        question("colour", "red"),
+        question("colour", "blue"),
+        question("yes/no", "no"),
+        question("colour", "red"),
+    ]
+    scores = score_by_kind(questions, ["Red.", "the blue", " NO ", "green"])
+    assert {kind: (score.right, score.asked) for kind, score in scores.items()} == {
+        "all": (2, 4),
+        "colour": (1, 3),
+        "yes/no": (1, 1),
+    }
+    baseline = commonest_answer_baseline(questions)
+    assert baseline["colour"].right == 2
+    assert merge_scores([scores, scores])["all"].asked == 8
+
+
+def test_normalising_keeps_words_alone() -> None:
+    assert normalise("  A Blue-circle!\n") == "a blue circle"
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_shipped_profile_validates(name: str) -> None:
+    assert load_profile(name).name == name
+
+
+def test_an_unknown_key_is_named_with_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "profile.yaml"
+    path.write_text("name: x\nvision: {source: {kind: path, path: v}, featur_layer: -1}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(Profile, path)
+    assert "unknown key 'vision.featur_layer'" in str(caught.value)
+    assert "missing key 'audio'" in str(caught.value)
+
+
+def test_files_that_are_no_yaml_mapping_are_one_line(tmp_path: Path) -> None:
+    for text in ("[1, 2]", "a: [", ""):
+        path = tmp_path / "broken.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_config(Profile, path)
+        assert "\n" not in str(caught.value)
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    assert parse_overrides(["steps=20", "lora.rank=8", "lora=null"]) == {"steps": 20, "lora.rank": 8, "lora": None}

@@ -1,0 +1,109 @@
+"""Loading, NF4 and LoRA on tiny models of the real classes: Llama, Phi-3 and phi-2."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmllm_core.config import LanguageConfig, LoraConfig, PathSource
+from mmllm_core.errors import ConfigError, WeightsError
+from mmllm_core.language import add_adapter, load_adapter, load_language_model, load_tokenizer, stop_token_ids
+from tests.conftest import MakeTokenizer, TinyLM
+
+FAMILIES = ["llama", "phi3", "phi"]
+
+
+def config(folder: Path, quantization: str = "none", dtype: str = "float32") -> LanguageConfig:
+    return LanguageConfig(source=PathSource(path=folder), quantization=quantization, dtype=dtype)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tiny_lm: TinyLM, tmp_path: Path) -> Path:
+    tiny_lm(request.param).save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def loss_of(lm: Any) -> torch.Tensor:
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    return lm(input_ids=ids, labels=ids).loss
+
+
+def test_a_loaded_lm_is_frozen_and_in_eval_mode(folder: Path) -> None:
+    lm = load_language_model(config(folder), folder)
+    assert not lm.training
+    assert not any(p.requires_grad for p in lm.parameters())
+
+
+def test_a_fresh_adapter_changes_nothing_and_covers_every_linear_of_a_block(folder: Path) -> None:
+    lm = load_language_model(config(folder), folder)
+    before = loss_of(lm)
+    adapted = add_adapter(lm, LoraConfig(rank=4))
+    assert torch.allclose(loss_of(adapted), before)
+    blocks = adapted.get_base_model().model.layers
+    linears = [n for n, m in blocks.named_modules() if type(m) is torch.nn.Linear and "lora_" not in n]
+    assert linears
+    assert all(name.endswith("base_layer") for name in linears), "a linear layer of a block has no LoRA"
+
+
+def test_nf4_learns_through_its_adapter_and_a_saved_adapter_gives_the_same_loss(folder: Path, tmp_path: Path) -> None:
+    settings = config(folder, "nf4", "bfloat16")
+    adapted = add_adapter(load_language_model(settings, folder), LoraConfig(rank=4)).train()
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = loss_of(adapted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.8 * losses[0]
+    adapted.eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = load_adapter(load_language_model(settings, folder), tmp_path / "adapter")
+    assert torch.allclose(loss_of(again), loss_of(adapted), atol=1e-2)
+
+
+def test_nf4_weights_survive_an_evaluation_between_training_steps(folder: Path) -> None:
+    adapted = add_adapter(load_language_model(config(folder, "nf4", "bfloat16"), folder), LoraConfig(rank=4))
+    adapted.train()
+    before = float(loss_of(adapted).detach())
+    adapted.eval()
+    with torch.no_grad():
+        loss_of(adapted)
+    adapted.train()
+    assert float(loss_of(adapted).detach()) == before
+
+
+def test_an_unknown_architecture_asks_for_target_modules(tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    lm = GPTNeoXForCausalLM(
+        GPTNeoXConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(ConfigError, match="target_modules"):
+        add_adapter(lm, LoraConfig())
+    assert add_adapter(lm, LoraConfig(target_modules=("dense",))) is not None
+
+
+def test_a_folder_without_weights_is_one_named_error(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=str(tmp_path)):
+        load_language_model(config(tmp_path), tmp_path)
+    with pytest.raises(WeightsError, match="tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_a_template_speaks_phi2(make_tokenizer: MakeTokenizer, tmp_path: Path) -> None:
+    make_tokenizer(None).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text == "Instruct: hi\nOutput: "
+
+
+def test_answers_end_at_the_end_of_turn_token(tiny_lm: TinyLM, tokenizer: Any) -> None:
+    ids = stop_token_ids(tiny_lm("phi3"), tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ids
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in ids
+    assert tokenizer.eos_token_id in ids

@@ -1,0 +1,153 @@
+"""What is kept on disk: features, artifacts and bundles are whole or not there."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmllm_core.artifact import building, is_built
+from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
+from mmllm_core.config import LoraConfig, PathSource, Profile
+from mmllm_core.connectors import build_connector
+from mmllm_core.data.feature_store import FeatureStore
+from mmllm_core.errors import BundleError
+from mmllm_core.language import add_adapter
+from mmllm_core.models.profile import load_profile
+from mmllm_core.vision import ClipEncoder
+from tests.conftest import TinyLM
+
+
+def features(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, 5, 8)).astype(np.float16)
+
+
+def test_stored_features_come_back_equal(tmp_path: Path) -> None:
+    values = features(3)
+    FeatureStore(tmp_path).write(["a", "b", "c"], values)
+    store = FeatureStore(tmp_path)
+    assert len(store) == 3
+    assert "b" in store
+    found = store.get("b")
+    assert found is not None
+    assert np.array_equal(found, values[1])
+    assert store.get("d") is None
+
+
+def test_writers_append_and_readers_see_it_after_a_refresh(tmp_path: Path) -> None:
+    first, second = FeatureStore(tmp_path), FeatureStore(tmp_path)
+    first.write(["a"], features(1))
+    second.write(["b"], features(1, 1))
+    assert first.get("b") is None
+    first.refresh()
+    assert first.get("b") is not None
+    assert first.missing(["c", "a", "c", "b"]) == ["c"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_shard_is_never_used(damage: str, tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path)
+    store.write(["a"], features(1))
+    store.write(["b"], features(1))
+    shard = next(p for p in tmp_path.glob("*.npy") if json.loads(p.with_suffix(".json").read_text())["keys"] == ["a"])
+    data = shard.read_bytes()
+    shard.unlink() if damage == "remove" else shard.write_bytes(data[:-9] + (b"x" * 9 if damage == "flip" else b""))
+    again = FeatureStore(tmp_path)
+    assert again.missing(["a", "b"]) == ["a"]
+
+
+def test_features_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="float16"):
+        FeatureStore(tmp_path).write(["a"], features(1).astype(np.float32))
+
+
+def test_an_artifact_is_reused_only_for_equal_inputs(tmp_path: Path) -> None:
+    with building(tmp_path / "a", {"x": 1}) as scratch:
+        (scratch / "file").write_text("made")
+    assert is_built(tmp_path / "a", {"x": 1})
+    assert not is_built(tmp_path / "a", {"x": 2})
+
+
+def _fail_while_building(folder: Path) -> None:
+    with building(folder, {"x": 2}) as scratch:
+        (scratch / "file").write_text("half")
+        raise RuntimeError("stopped")
+
+
+def test_a_failed_build_leaves_what_was_there(tmp_path: Path) -> None:
+    with building(tmp_path / "a", {"x": 1}) as scratch:
+        (scratch / "file").write_text("made")
+    with pytest.raises(RuntimeError):
+        _fail_while_building(tmp_path / "a")
+    assert (tmp_path / "a" / "file").read_text() == "made"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("mmllm")] == ["a"]
+
+
+@pytest.fixture
+def bundle(tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tokenizer: Any, tmp_path: Path) -> Bundle:
+    """A bundle with an adapter and a CLIP of its own; its LM lies outside."""
+    lm_folder, clip = tmp_path / "lm", tiny_clip()
+    tiny_lm("phi3").save_pretrained(lm_folder)
+    embedded = load_profile("embedded")
+    language = {"source": PathSource(path=lm_folder), "quantization": "none", "dtype": "float32"}
+    vision = embedded.vision.model_copy(update={"source": PathSource(path=clip), "merge": 2})
+    profile: Profile = embedded.model_copy(
+        update={"vision": vision, "language": embedded.language.model_copy(update=language)}
+    )
+    encoder = ClipEncoder(vision, clip)
+    info = BundleInfo(
+        name="tiny",
+        profile=profile,
+        d_vision=encoder.d_vision,
+        n_patches=encoder.n_patches,
+        feature_fingerprint=encoder.fingerprint,
+    )
+    adapter = add_adapter(tiny_lm("phi3"), LoraConfig(rank=2))
+    connector = build_connector(profile.connector, encoder.d_vision, 64)
+    return save_bundle(info, connector, tokenizer, adapter=adapter, vision_weights=clip)
+
+
+def test_a_bundle_opens_as_the_latest_and_loads(bundle: Bundle) -> None:
+    opened = Bundle.latest()
+    assert opened.folder == bundle.folder
+    assert opened.load_vision().fingerprint == bundle.info.feature_fingerprint
+    assert "lora_A" in "".join(name for name, _ in opened.load_model().named_parameters())
+    assert opened.tokenizer.chat_template
+    assert {"torch", "transformers", "python"} <= opened.info.versions.keys()
+
+
+@pytest.mark.parametrize("name", ["connector.safetensors", "bundle.json", "adapter/adapter_model.safetensors"])
+def test_an_altered_file_is_named(name: str, bundle: Bundle) -> None:
+    path = bundle.folder / name
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(BundleError, match="altered"):
+        Bundle.open(bundle.folder)
+
+
+def test_a_missing_file_is_named(bundle: Bundle) -> None:
+    (bundle.folder / "connector.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"connector\.safetensors"):
+        Bundle.open(bundle.folder)
+
+
+def test_clip_weights_that_the_connector_was_not_trained_on_are_refused(
+    bundle: Bundle, tiny_clip: Callable[..., Path]
+) -> None:
+    other = PathSource(path=tiny_clip(seed=5))
+    vision = bundle.profile.vision.model_copy(update={"source": other})
+    profile = bundle.profile.model_copy(update={"vision": vision})
+    swapped = Bundle(bundle.folder, bundle.info.model_copy(update={"profile": profile}))
+    with pytest.raises(BundleError, match="fingerprint"):
+        swapped.load_vision()
+
+
+def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not a bundle"):
+        Bundle.open(tmp_path)
+
+
+def test_without_a_bundle_latest_says_how_to_make_one() -> None:
+    with pytest.raises(BundleError, match="make demo"):
+        Bundle.latest()
