@@ -162,14 +162,13 @@ def main() -> None:
     """Run the command; a foreseen error is one line on stderr."""
     quieten()
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except MmllmError as error:
         Console(stderr=True).print(f"[bold red]mmllm:[/bold red] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong option, told by the parser
             error.show()
