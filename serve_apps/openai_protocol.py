@@ -1,8 +1,8 @@
-"""The request and response bodies of OpenAI's chat completions API, as far as this assistant speaks it.
+"""The request bodies of OpenAI's chat completions API, as far as this assistant speaks it.
 
 In: the bytes of a request body. Out: a `ChatCall` with messages, images and sound as the deployments take them,
-or an error that names the field; and, from an answer, the bodies of a reply. Fields that cannot change an answer
-are ignored; fields that would change it and are not supported are refused. Does not know HTTP or Ray.
+or an error that names the field. Fields that cannot change an answer are ignored; fields that would change it and
+are not supported are refused. Does not know HTTP or Ray.
 """
 
 import base64
@@ -44,7 +44,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
 }
 """Fields that would change the answer, with the values that ask for nothing and are let pass."""
-
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
