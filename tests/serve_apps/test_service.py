@@ -1,11 +1,287 @@
+"""The whole service over HTTP, with the client that callers use."""
+
+import base64
+import concurrent.futures
+import json
+import re
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
 import pytest
+from gradio_client import Client, handle_file
+
+from tests.serve_apps.conftest import Service, audio_part, data_uri, image_part, image_uri, text_part, wav
 
 pytestmark = pytest.mark.slow
 
+SAID = "never do it for free"
 
-def test_smoke(service, speech):
-    import httpx
-    c = service.client()
-    print(httpx.get(service.base_url + "/healthz").text)
-    r = c.chat.completions.create(**service.body("Hello"))
-    print(r)
+
+def post(service: Service, body: Any) -> httpx.Response:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(f"{service.base_url}/v1/chat/completions", content=data, timeout=60)
+
+
+def answer(service: Service, content: Any, **fields: Any) -> str:
+    reply = service.client().chat.completions.create(**service.body(content, temperature=0, **fields))
+    assert reply.choices[0].message.content is not None
+    return reply.choices[0].message.content
+
+
+def test_text_is_answered_and_counted(service: Service) -> None:
+    reply = service.client().chat.completions.create(**service.body("Hello", max_tokens=5))
+    assert (reply.object, reply.model, reply.choices[0].message.role) == ("chat.completion", "tiny", "assistant")
+    assert reply.choices[0].message.content
+    assert reply.choices[0].finish_reason == "length"
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 5
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 5
+
+
+def test_an_image_changes_the_answer_and_takes_its_positions(service: Service) -> None:
+    red, blue = ([image_part(image_uri(colour)), text_part("What?")] for colour in ("red", "blue"))
+    assert len({answer(service, content) for content in (red, blue, "What?")}) == 3
+    assert answer(service, red) == answer(service, red)
+    create = service.client().chat.completions.create
+    with_image, without = create(**service.body(red)).usage, create(**service.body("What?")).usage
+    assert with_image is not None
+    assert without is not None
+    assert with_image.prompt_tokens - without.prompt_tokens >= 16  # 32 px in patches of 8
+
+
+def test_the_order_of_images_matters_and_a_batch_does_not(service: Service) -> None:
+    red, blue = (image_part(image_uri(colour)) for colour in ("red", "blue"))
+    assert answer(service, [red, blue]) != answer(service, [blue, red])
+    alone = {colour: answer(service, [image_part(image_uri(colour))]) for colour in ("red", "blue", "lime")}
+    colours = ["red", "blue", "lime"] * 4
+    with concurrent.futures.ThreadPoolExecutor(len(colours)) as pool:
+        together = list(pool.map(lambda colour: answer(service, [image_part(image_uri(colour))]), colours))
+    assert together == [alone[colour] for colour in colours]
+
+
+def test_speech_is_heard_and_becomes_part_of_the_question(service: Service, speech: bytes) -> None:
+    content = [image_part(image_uri()), audio_part(speech, "mp3")]
+    reply = service.client().chat.completions.create(**service.body(content))
+    assert reply.choices[0].message.content
+    [heard] = (reply.model_extra or {})["transcripts"]
+    assert SAID in heard
+    # To the model speech is its transcript, so what it answers can differ from silence only through the words.
+    assert answer(service, [audio_part(speech, "mp3")]) != answer(service, [text_part("Hello"), audio_part(silence())])
+
+
+def silence(seconds: float = 1.0) -> bytes:
+    return wav(np.zeros(int(16_000 * seconds)))
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(service: Service, speech: bytes) -> None:
+    content = [audio_part(speech, "mp3"), text_part("Who said that?")]
+    body = service.body(content, temperature=0, max_tokens=40)
+    whole = service.client().chat.completions.create(**body)
+    options = {"include_usage": True}
+    chunks = list(service.client().chat.completions.create(**body, stream=True, stream_options=options))
+    *said, closing = chunks
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in said) == whole.choices[0].message.content
+    assert said[0].choices[0].delta.role == "assistant"
+    assert SAID in said[0].model_extra["transcripts"][0]
+    assert [chunk.choices[0].finish_reason for chunk in said[-2:]] == [None, whole.choices[0].finish_reason]
+    assert (closing.choices, closing.usage) == ([], whole.usage)
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_stream_counts_nothing_that_was_not_asked_for(service: Service) -> None:
+    chunks = list(service.client().chat.completions.create(**service.body("Hello"), stream=True))
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_a_stop_string_ends_the_answer_before_it(service: Service) -> None:
+    full = answer(service, "Hello", max_tokens=20)
+    stop = full.split()[2]
+    reply = service.client().chat.completions.create(
+        **service.body("Hello", temperature=0, max_tokens=20, stop=[stop])
+    )
+    assert reply.choices[0].message.content == full[: full.index(stop)]
+    assert reply.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_an_answer(service: Service) -> None:
+    first, again, other = (
+        service.client().chat.completions.create(**service.body("Hello", temperature=1, seed=seed)) for seed in (1, 1, 2)
+    )
+    assert first.choices[0].message.content == again.choices[0].message.content
+    assert first.choices[0].message.content != other.choices[0].message.content
+
+
+def test_models_are_listed_and_described(service: Service) -> None:
+    assert [model.id for model in service.client().models.list()] == ["tiny"]
+    assert service.client().models.retrieve("tiny").object == "model"
+    with pytest.raises(openai.NotFoundError) as caught:
+        service.client().models.retrieve("gpt-9")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_the_page_and_the_api_share_a_port(service: Service) -> None:
+    page = httpx.get(service.base_url)
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+    assert httpx.get(f"{service.base_url}/healthz").json() == {"status": "ok"}
+    for method, path in (("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings"), ("DELETE", "/v1/models")):
+        reply = httpx.request(method, service.base_url + path)
+        assert reply.status_code == 404
+        assert reply.json()["error"]["code"] == "not_found"
+    described = httpx.get(f"{service.base_url}/openapi.json").json()
+    references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(described)))
+    assert "ChatMessage" in references
+    assert references <= set(described["components"]["schemas"])
+
+
+def test_the_page_hears_and_answers(service: Service, speech: bytes, tmp_path: Any) -> None:
+    recording = tmp_path / "said.mp3"
+    recording.write_bytes(speech)
+    page = Client(service.base_url, verbose=False, analytics_enabled=False)
+    shown = page.predict({"text": "Who?", "files": [handle_file(str(recording))]}, api_name="/chat")
+    assert SAID in shown[0]["content"]
+    assert len(shown) == 2
+    assert shown[1]["metadata"] is None or not shown[1]["metadata"].get("id")  # an answer and not a notice
+
+
+def test_a_request_keeps_its_id(service: Service) -> None:
+    reply = httpx.get(f"{service.base_url}/v1/models", headers={"x-request-id": "mine-1"})
+    assert reply.headers["x-request-id"] == "mine-1"
+
+
+CONTENT = "messages.0.content.0"
+WHOLE_PNG = base64.b64decode(image_uri(size=(200, 200)).split(",")[1])
+BAD: dict[str, tuple[Any, str | None]] = {
+    "bytes that are no image": ([image_part(data_uri(b"no image"))], f"{CONTENT}.image_url"),
+    "half an image": ([image_part(data_uri(WHOLE_PNG[: len(WHOLE_PNG) // 2]))], f"{CONTENT}.image_url"),
+    "an empty image": ([image_part(data_uri(b""))], f"{CONTENT}.image_url"),
+    "an image of too many pixels": ([image_part(image_uri(size=(12_000, 4_000)))], f"{CONTENT}.image_url"),
+    "an image elsewhere": ([image_part("http://example.com/a.png")], f"{CONTENT}.image_url"),
+    "a file of this machine": ([image_part("file:///etc/passwd")], f"{CONTENT}.image_url"),
+    "an image that is not base64": ([image_part("data:image/png;base64,@@@@")], f"{CONTENT}.image_url"),
+    "a URL that is no string": ([image_part(3)], f"{CONTENT}.image_url.url"),  # type: ignore[arg-type]
+    "the second of two images": (
+        [image_part(image_uri()), image_part(data_uri(b"x"))],
+        "messages.0.content.1.image_url",
+    ),
+    "empty audio": ([audio_part(b"")], f"{CONTENT}.input_audio"),
+    "garbage audio": ([audio_part(b"\0garbage" * 100)], f"{CONTENT}.input_audio"),
+    "a picture as audio": ([audio_part(WHOLE_PNG)], f"{CONTENT}.input_audio"),
+    "audio without speech": ([audio_part(silence())], f"{CONTENT}.input_audio"),
+    "an unknown part": ([{"type": "video", "video": 1}], f"{CONTENT}.type"),
+    "a part without a type": ([{"text": "Hi"}], f"{CONTENT}.type"),
+    "content that is a number": (5, "messages.0.content"),
+    "content that is null": (None, "messages.0.content"),
+    "an empty message": ("", "messages.0.content"),
+    "a conversation beyond the context": ("word " * 5_000, "messages"),
+    "a conversation beyond all limits": ("x" * 200_001, "messages"),
+}
+BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "no messages": ({"messages": []}, "messages"),
+    "messages that are a string": ({"messages": "Hi"}, "messages"),
+    "a message that is a string": ({"messages": ["Hi"]}, "messages.0"),
+    "a message without content": ({"messages": [{"role": "user"}]}, "messages.0.content"),
+    "an unknown role": ({"messages": [{"role": "robot", "content": "Hi"}]}, "messages.0.role"),
+    "a late system message": (
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Hi"}]},
+        "messages.1.role",
+    ),
+    "a model that is a number": ({"model": 3}, "model"),
+    "a temperature that is a word": ({"temperature": "hot"}, "temperature"),
+    "a temperature out of range": ({"temperature": 5}, "temperature"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens"),
+    "half a token": ({"max_tokens": 1.5}, "max_tokens"),
+    "two answers": ({"n": 2}, "n"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    "too many stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    "a stream that is a word": ({"stream": "yes"}, "stream"),
+    "an unknown field": ({"tempurature": 1}, "tempurature"),
+}
+NOT_JSON = [b"", b"{", b"[]", b'"Hi"', b"\xff\xfe\x00", b'{"model": NaN}', b'{"model": "\\ud800"}', b"[" * 100_000]
+
+
+def refused(reply: httpx.Response, status: int, param: str | None) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text
+    error: dict[str, Any] = reply.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert error["message"]
+    assert "Traceback" not in reply.text
+    return error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("case", BAD)
+def test_content_that_cannot_be_used_is_refused_by_name(service: Service, case: str, stream: bool) -> None:
+    content, param = BAD[case]
+    refused(post(service, service.body(content, stream=stream)), 400, param)
+
+
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_fields_that_cannot_be_used_are_refused_by_name(service: Service, case: str) -> None:
+    fields, param = BAD_FIELDS[case]
+    error = refused(post(service, service.body("Hi", **fields)), 400, param)
+    assert param in error["message"] or error["code"] == "invalid_conversation"
+
+
+@pytest.mark.parametrize("missing", ["model", "messages"])
+def test_a_missing_field_is_named(service: Service, missing: str) -> None:
+    body = service.body("Hi")
+    del body[missing]
+    assert missing in refused(post(service, body), 400, missing)["message"]
+
+
+@pytest.mark.parametrize("body", NOT_JSON, ids=range(len(NOT_JSON)))
+def test_a_body_that_is_no_json_object_is_refused(service: Service, body: bytes) -> None:
+    refused(post(service, body), 400, None)
+
+
+def test_an_unknown_model_is_not_found(service: Service) -> None:
+    with pytest.raises(openai.NotFoundError, match="ask for 'tiny'") as caught:
+        service.client().chat.completions.create(**service.body("Hi", model="gpt-9"))
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.parametrize("n_bytes", [2_000_001, 7_000_000])
+def test_a_body_that_is_too_large_is_refused(service: Service, n_bytes: int) -> None:
+    error = refused(post(service, service.body("x" * n_bytes)), 413, None)
+    assert error["code"] == "request_too_large"
+
+
+def test_after_all_that_the_service_still_answers(service: Service, speech: bytes) -> None:
+    many = [content for content, _ in BAD.values()] * 2
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda content: post(service, service.body(content)), many))
+    assert {reply.status_code for reply in replies} == {400}
+    assert answer(service, [image_part(image_uri()), audio_part(speech, "mp3"), text_part("Still there?")])
+
+
+def test_an_answer_that_takes_too_long_is_ended(hasty_service: Service) -> None:
+    body = hasty_service.body("Hi", max_tokens=100_000)
+    reply = post(hasty_service, body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (504, "timeout")
+    with pytest.raises(openai.APIError, match="longer than a request may take"):
+        for _ in hasty_service.client().chat.completions.create(**body, stream=True):
+            pass
+
+
+def test_a_crowd_is_told_to_come_back(hasty_service: Service) -> None:
+    body = hasty_service.body("Hi", max_tokens=200)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(lambda _: post(hasty_service, body), range(6)))
+    turned_away = [reply for reply in replies if reply.status_code == 429]
+    assert 0 < len(turned_away) < len(replies)
+    assert {reply.headers["retry-after"] for reply in turned_away} == {"1"}
+    assert turned_away[0].json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_caller_who_leaves_makes_room_at_once(hasty_service: Service) -> None:
+    url = f"{hasty_service.base_url}/v1/chat/completions"
+    for _ in range(3):
+        with httpx.stream("POST", url, json=hasty_service.body("Hi", max_tokens=100_000, stream=True)) as reply:
+            next(reply.iter_lines())
+        # Only one answer is worked on at a time, and nobody waits longer than the deadline.
+        assert post(hasty_service, hasty_service.body("Hi", max_tokens=2)).status_code == 200
