@@ -40,7 +40,7 @@ def speech() -> bytes:
     return (MEDIA / "audio" / "heath_ledger.mp3").read_bytes()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """A bundle in a home of its own, with weights fetched into the usual home."""
     folder = tmp_path_factory.mktemp("home")
@@ -71,7 +71,7 @@ class Service:
         return {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 8} | fields
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serve_port() -> Iterator[int]:
     """Ray and Serve of our own, whatever else runs on this machine."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -93,13 +93,13 @@ def serve_port() -> Iterator[int]:
     ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(bundle: Bundle, serve_port: int) -> Service:
     """The embedded config, chat page included, with a small limit on bodies."""
     return _deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hasty_service(bundle: Bundle, serve_port: int) -> Service:
     """A service with little time for a request, which answers one at a time and lets one wait."""
     overrides = {
