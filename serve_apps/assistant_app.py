@@ -35,7 +35,7 @@ from serve_apps.openai_replies import (
     event,
     to_failure,
 )
-from serve_apps.phi_app import Prompt
+from serve_apps.prompt import Prompt
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

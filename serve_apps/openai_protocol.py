@@ -1,8 +1,8 @@
 """The request bodies of OpenAI's chat completions API, as far as this assistant speaks it.
 
 In: the bytes of a request body. Out: a `ChatCall` with messages, images and sound as the deployments take them,
-or an error that names the field. Fields that cannot change an answer are ignored; fields that would change it and
-are not supported are refused. Does not know HTTP or Ray.
+or an error that names the field. Fields that cannot change an answer are ignored, unsupported ones that would are
+refused. Does not know HTTP or Ray.
 """
 
 import base64
@@ -206,7 +206,7 @@ def _to_call(request: ChatRequest, limits: Limits) -> ChatCall:
         if isinstance(part, ImageContent):
             images.append(_image_upload(part.image_url.url, f"{param}.image_url"))
             return ImagePart()
-        clips.append(_audio_upload(part.input_audio.data, f"{param}.input_audio"))
+        clips.append(_upload(part.input_audio.data, f"{param}.input_audio", AudioError))
         return SpeechPart("")
 
     messages = []
@@ -261,17 +261,14 @@ def _image_upload(url: str, param: str) -> Upload:
         )
     if not media_type.startswith("image/") or not encoding.endswith("base64"):
         raise ImageError("the data URI must begin with 'data:image/...;base64,'", param)
+    return _upload(data, param, ImageError)
+
+
+def _upload(data: str, param: str, error: type[ImageError] | type[AudioError]) -> Upload:
     try:
         return Upload(base64.b64decode(data, validate=True), param)
     except (binascii.Error, ValueError):
-        raise ImageError("the image's data is not valid base64", param) from None
-
-
-def _audio_upload(data: str, param: str) -> Upload:
-    try:
-        return Upload(base64.b64decode(data, validate=True), param)
-    except (binascii.Error, ValueError):
-        raise AudioError("the audio's data is not valid base64", param) from None
+        raise error("the data is not valid base64", param) from None
 
 
 _REASONS = {

@@ -8,28 +8,17 @@ HTTP, image files or sound.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mmllm_core.bundle import Bundle
-from mmllm_core.conversation import Message, render
-from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest, SamplingParams
+from mmllm_core.conversation import render
+from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from serve_apps.config import PhiConfig
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What the LM is asked."""
-
-    id: str
-    messages: tuple[Message, ...]
-    features: NDArray[np.float16] | None  # (n_images, n_patches, d_vision), in order of appearance
-    sampling: SamplingParams
+from serve_apps.prompt import Prompt
 
 
 class PhiDeployment:

@@ -1,6 +1,8 @@
 """The parts of the deployments that need neither Ray nor a model."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -72,14 +74,15 @@ def test_text_is_held_no_longer_than_the_interval() -> None:
 
 
 def test_an_error_comes_after_the_text_before_it() -> None:
-    async def run() -> list[str]:
-        texts = []
-        with pytest.raises(RuntimeError, match="broke"):
-            async for item in coalesce(Source(3, wait_s=0, error=RuntimeError("broke")).chunks, 60):
-                texts.append(item.text)
-        return texts
+    texts: list[str] = []
 
-    assert "".join(asyncio.run(run())) == "123"
+    async def run() -> None:
+        async for item in coalesce(Source(3, wait_s=0, error=RuntimeError("broke")).chunks, 60):
+            texts.append(item.text)
+
+    with pytest.raises(RuntimeError, match="broke"):
+        asyncio.run(run())
+    assert "".join(texts) == "123"
 
 
 def test_closing_the_stream_closes_its_source() -> None:
@@ -122,3 +125,8 @@ def test_a_cache_without_room_remembers_nothing() -> None:
     cache = FeatureCache(max_bytes=0)
     cache.put("a", features(1))
     assert cache.get("a") is None
+
+
+def test_the_http_side_does_not_load_torch() -> None:
+    script = "import sys, serve_apps.assistant_app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -63,7 +63,11 @@ def test_a_nucleus_or_temperature_without_choice_is_greedy(fields: dict[str, Any
 
 def test_fields_that_ask_for_nothing_are_let_pass_and_the_same_fields_are_refused_when_they_ask() -> None:
     parse(tools=[], logprobs=False, user="me", response_format={"type": "text"}, n=1, frequency_penalty=0.0)
-    for field, value in {"logprobs": True, "frequency_penalty": 0.5, "response_format": {"type": "json_object"}}.items():
+    for field, value in {
+        "logprobs": True,
+        "frequency_penalty": 0.5,
+        "response_format": {"type": "json_object"},
+    }.items():
         with pytest.raises(BadInput, match="not supported") as caught:
             parse(**{field: value})
         assert caught.value.param == field

@@ -187,7 +187,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandIn]:
         while not server.started and time.monotonic() < deadline:
             time.sleep(0.05)
         yield here
-        server.should_exit = True
+        server.should_exit = server.force_exit = True  # the page's clients hold their connections open
         thread.join(timeout=20)
 
 
