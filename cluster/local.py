@@ -40,7 +40,6 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
     """
     import ray
 
-    signal.signal(signal.SIGTERM, _interrupt)
     address = os.environ.get("RAY_ADDRESS")
     common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address:
@@ -53,6 +52,7 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
             include_dashboard=False,
             **common,
         )
+    signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which sets a handler of its own
     for name in ("ray.train", "ray.serve", "ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:

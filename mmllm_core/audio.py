@@ -74,7 +74,8 @@ def decode_audio(data: bytes, max_seconds: float, param: str | None = None) -> N
         raise AudioError("the audio could not be decoded: send a wav, mp3, flac, ogg or webm file", param) from error
     if n_samples == 0:
         raise AudioError("the audio holds no samples", param)
-    return np.concatenate(chunks).astype(np.float32, copy=False)
+    waveform = np.concatenate(chunks).astype(np.float32, copy=False)
+    return np.clip(np.nan_to_num(waveform), -1, 1)  # float formats hold what they like
 
 
 class Transcriber:

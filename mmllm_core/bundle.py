@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from mmllm_core.artifact import STAMP, building
-from mmllm_core.config import PathSource, Profile, Source, StrictModel
+from mmllm_core.config import PathSource, Profile, Source, StrictModel, parse_config
 from mmllm_core.errors import BundleError
 from mmllm_core.models.home import home
 from mmllm_core.models.resolve import resolve
@@ -73,6 +73,7 @@ class Bundle:
 
         Raises:
             BundleError: not a bundle, of another format, incomplete, or altered.
+            ConfigError: `bundle.json` holds keys that this mmllm does not know.
         """
         manifest = _read_json(folder, "manifest.json")
         for name, digest in manifest.items():
@@ -83,7 +84,7 @@ class Bundle:
         values = _read_json(folder, "bundle.json")
         if values.get("format") != FORMAT:
             raise BundleError(f"{folder}: bundle format {values.get('format')} and this mmllm reads format {FORMAT}")
-        return cls(folder, BundleInfo.model_validate(values))
+        return cls(folder, parse_config(BundleInfo, values, str(folder / "bundle.json")))
 
     @classmethod
     def latest(cls) -> "Bundle":
@@ -235,8 +236,11 @@ def _rebased(part: Any, folder: str) -> Any:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        values = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(f"{folder}: is not a bundle ('{name}' is missing)") from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{folder}: '{name}' cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"{folder}: '{name}' cannot be read: it holds no mapping")
+    return values

@@ -227,10 +227,13 @@ def load_config(model: type[ConfigT], path: Path, overrides: dict[str, Any] | No
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    for dotted, value in (overrides or {}).items():
-        _set_dotted(values, dotted, value)
+    if isinstance(values, dict):
+        for dotted, value in (overrides or {}).items():
+            _set_dotted(values, dotted, value)
     return parse_config(model, values, str(path))
 
 
@@ -238,14 +241,17 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
     """Turn `["steps=20", "lora.rank=8"]` into `{"steps": 20, "lora.rank": 8}`; values are read as YAML.
 
     Raises:
-        ConfigError: an item without `=`.
+        ConfigError: an item without `=`, or with a value that is not YAML.
     """
     overrides = {}
     for item in items:
         key, separator, value = item.partition("=")
         if not separator or not key:
             raise ConfigError(f"override '{item}': expected key=value, for example steps=20")
-        overrides[key] = yaml.safe_load(value)
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{item}': the value is not valid YAML") from error
     return overrides
 
 

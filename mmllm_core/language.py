@@ -57,6 +57,7 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
     Raises:
         WeightsError: the folder holds no weights that fit.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = getattr(torch, config.dtype)
@@ -70,16 +71,23 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
             bnb_4bit_quant_storage=torch.bfloat16,
         )
     try:
-        lm = AutoModelForCausalLM.from_pretrained(
+        lm, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{folder}: holds no causal LM that can be loaded: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise WeightsError(f"{folder}: its weights have other shapes than its config.json says") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random ones
+        raise WeightsError(f"{folder}: its weights lack {len(missing)} tensors, such as '{missing[0]}'")
     _disable_cpu_repacking(lm)
     return lm.eval().requires_grad_(False)
 

@@ -53,7 +53,9 @@ def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Imag
                     param,
                 )
             image = ImageOps.exif_transpose(image)
-            if image.mode == "P" or "A" in image.mode:  # transparent areas are shown on white
+            if image.mode.startswith("I;16"):  # Pillow would clip its 65,536 grays to 256 instead of scaling them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:  # transparent areas are shown on white
                 rgba = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
             return image.convert("RGB")
@@ -185,7 +187,7 @@ def _build_preprocess(clip_config: dict[str, Any]) -> Any:
 def _load_tower(weights: Path, model_cfg: dict[str, Any]) -> Any:
     """Build the vision tower alone: an assistant never runs CLIP's text tower."""
     from open_clip.model import _build_vision_tower
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     tower = _build_vision_tower(model_cfg["embed_dim"], model_cfg["vision_cfg"], model_cfg.get("quick_gelu", False))
     path = weights / CLIP_WEIGHTS
@@ -194,6 +196,6 @@ def _load_tower(weights: Path, model_cfg: dict[str, Any]) -> Any:
             visual = [key for key in stored.keys() if key.startswith("visual.")]  # noqa: SIM118, not a dict
             state = {key.removeprefix("visual."): stored.get_tensor(key) for key in visual}
         tower.load_state_dict(state)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise WeightsError(f"{path}: does not fit the architecture in {CLIP_CONFIG}: {error}") from error
     return tower.float().eval().requires_grad_(False)

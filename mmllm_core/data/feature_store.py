@@ -89,9 +89,12 @@ class FeatureStore:
             entry = json.loads(index.read_text(encoding="utf-8"))
             if file_sha256(array) != entry["sha256"]:
                 raise ValueError("checksum differs")
-            self._shards[index.stem] = np.load(array, mmap_mode="r", allow_pickle=False)
+            keys, shard = entry["keys"], np.load(array, mmap_mode="r", allow_pickle=False)
+            if len(keys) != len(shard):
+                raise ValueError(f"{len(keys)} keys for {len(shard)} rows")
         except (OSError, ValueError, KeyError, TypeError) as error:
             _log.warning("feature shard %s is damaged and will be computed again: %s", array, error)
             return
-        for row, key in enumerate(entry["keys"]):
+        self._shards[index.stem] = shard
+        for row, key in enumerate(keys):
             self._rows.setdefault(key, (index.stem, row))

@@ -37,8 +37,11 @@ class TextStream:
 
     def flush(self) -> str:
         """Text held back so far; call once, when no token follows."""
-        text, self._pending = self._pending + self._window(), ""
+        self._pending += self._window()
         self._start = len(self._ids)
+        text = self._release()
+        if not self.stopped:
+            text, self._pending = text + self._pending, ""
         return text
 
     def _window(self) -> str:

@@ -45,6 +45,7 @@ class TransformersEngine:
         self._incoming: queue.SimpleQueue[_Sequence | None] = queue.SimpleQueue()
         self._sequences: dict[str, _Sequence] = {}
         self._failure: BaseException | None = None
+        self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -64,8 +65,10 @@ class TransformersEngine:
             )
         sequence = _Sequence(request, asyncio.get_running_loop(), TextStream(self._tokenizer, request.sampling.stop))
         self._sequences[request.id] = sequence
-        self._incoming.put(sequence)
         try:
+            self._incoming.put(sequence)
+            if self._ended:  # the thread saw `_sequences` before or will never see this one
+                self.health()
             while True:
                 item = await sequence.chunks.get()
                 if isinstance(item, BaseException):
@@ -75,7 +78,8 @@ class TransformersEngine:
                     return
         finally:
             sequence.aborted = True
-            self._sequences.pop(request.id, None)
+            if self._sequences.get(request.id) is sequence:
+                del self._sequences[request.id]
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
@@ -91,7 +95,7 @@ class TransformersEngine:
 
     def health(self) -> None:
         """Raise `EngineError` if the engine's thread has ended."""
-        if not self._thread.is_alive():
+        if self._ended:
             raise EngineError(f"the engine is down: {self._failure or 'it was shut down'}")
 
     def shutdown(self) -> None:
@@ -107,15 +111,20 @@ class TransformersEngine:
         try:
             while True:
                 arrived = self._arrivals(block=not running)
-                if None in arrived:
-                    return
                 running += [s for s in arrived if s is not None]
+                if None in arrived:
+                    self._ended = True
+                    for sequence in [*running, *list(self._sequences.values())]:
+                        if not sequence.finished:
+                            self._finish(sequence, "abort")
+                    return
                 for sequence in list(running):
                     self._advance(sequence)
                     if sequence.finished:
                         running.remove(sequence)
         except BaseException as error:  # the thread's last words: health() and waiting callers repeat them
             self._failure = error
+            self._ended = True
             _log.exception("the engine's thread died")
             for sequence in list(self._sequences.values()):
                 sequence.send(error)
@@ -171,7 +180,7 @@ class TransformersEngine:
         sequence.send(sequence.chunk(text, reason))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
     """A request on its way."""
 

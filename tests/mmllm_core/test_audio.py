@@ -1,8 +1,10 @@
 """Sound: bounded decoding, and Whisper on real speech."""
 
 import io
+import struct
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio
 import numpy as np
@@ -75,3 +77,34 @@ def test_silence_stays_silent(transcriber: Transcriber) -> None:
 def test_a_folder_without_whisper_is_one_named_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="CTranslate2"):
         Transcriber(load_profile("embedded").audio, tmp_path)
+
+
+def test_a_long_clip_is_not_decoded_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = wav(np.zeros(600 * SAMPLE_RATE))
+    streams = []
+
+    class Recorded(io.BytesIO):
+        furthest = 0
+
+        def __init__(self, data: bytes):
+            super().__init__(data)
+            streams.append(self)
+
+        def read(self, size: int | None = -1) -> bytes:
+            found = super().read(size)
+            self.furthest = max(self.furthest, self.tell())
+            return found
+
+    monkeypatch.setattr("mmllm_core.audio.io", SimpleNamespace(BytesIO=Recorded))
+    with pytest.raises(AudioError, match="longer"):
+        decode_audio(data, 2)
+    assert 0 < streams[0].furthest < len(data) / 10
+
+
+def test_samples_beyond_full_scale_or_not_numbers_are_tamed() -> None:
+    samples = np.tile(np.array([np.nan, np.inf, 5, -7], dtype="<f4"), 4000).tobytes()
+    format_chunk = b"fmt " + struct.pack("<IHHIIHH", 16, 3, 1, SAMPLE_RATE, 4 * SAMPLE_RATE, 4, 32)
+    data = b"RIFF" + struct.pack("<I", 36 + len(samples)) + b"WAVE" + format_chunk
+    waveform = decode_audio(data + b"data" + struct.pack("<I", len(samples)) + samples, 60)
+    assert np.isfinite(waveform).all()
+    assert np.abs(waveform).max() <= 1

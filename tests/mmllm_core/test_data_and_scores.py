@@ -3,18 +3,28 @@
 import json
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mmllm_core.config import DataMix, Profile, load_config, parse_overrides
+from mmllm_core.config import ConnectorConfig, DataMix, Profile, Recipe, load_config, parse_overrides
+from mmllm_core.connectors import build_connector
 from mmllm_core.conversation import IGNORE_INDEX, Rendered
 from mmllm_core.data import easy_vqa
 from mmllm_core.data.collate import collate
 from mmllm_core.data.sample import Question
 from mmllm_core.errors import ConfigError, WeightsError
-from mmllm_core.evaluation.accuracy import commonest_answer_baseline, merge_scores, normalise, score_by_kind
+from mmllm_core.evaluation.accuracy import (
+    answer_questions,
+    commonest_answer_baseline,
+    merge_scores,
+    normalise,
+    score_by_kind,
+)
+from mmllm_core.model import MultimodalLM
 from mmllm_core.models.profile import load_profile, profile_names
+from tests.conftest import TinyLM
 
 ROWS = [
     ["what color is the shape?", "blue", 0],
@@ -134,3 +144,46 @@ def test_files_that_are_no_yaml_mapping_are_one_line(tmp_path: Path) -> None:
 
 def test_overrides_are_read_as_yaml() -> None:
     assert parse_overrides(["steps=20", "lora.rank=8", "lora=null"]) == {"steps": 20, "lora.rank": 8, "lora": None}
+
+
+def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name: x\nprofile: embedded\nstage: instruct\nsteps: 5\n")
+    recipe = load_config(Recipe, path, parse_overrides(["steps=20", "lora.rank=8"]))
+    assert recipe.steps == 20
+    assert recipe.lora is not None
+    assert recipe.lora.rank == 8
+
+
+@pytest.mark.parametrize("item", ["steps", "=3", "steps=["])
+def test_an_override_that_cannot_be_read_is_named(item: str) -> None:
+    with pytest.raises(ConfigError, match="override"):
+        parse_overrides([item])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "", "word"])
+def test_overriding_a_file_that_is_no_mapping_is_a_config_error(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(Recipe, path, {"lora.rank": 8})
+
+
+def test_a_folder_in_place_of_a_file_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(Recipe, tmp_path)
+
+
+def test_answers_come_in_order_and_are_the_models_own(tiny_lm: TinyLM, tokenizer: Any) -> None:
+    model = MultimodalLM(tiny_lm("phi3"), build_connector(ConnectorConfig(), 8, 64)).eval()
+    texts = ["what is there?", "is there a circle?", "what?"]
+    questions = [Question(str(i), Path("x.png"), text, "", "shape") for i, text in enumerate(texts)]
+    features = {str(i): np.random.default_rng(i).normal(size=(5, 8)).astype(np.float16) for i in range(3)}
+
+    def ask(batch_size: int) -> list[str]:
+        return list(
+            answer_questions(model, tokenizer, questions, lambda q: features[q.id], stop_ids=[0], batch_size=batch_size)
+        )
+
+    assert len(set(ask(1))) == 3
+    assert ask(2) == ask(1)

@@ -177,3 +177,57 @@ def test_a_stop_string_across_tokens_never_leaks(tokenizer: Any) -> None:
 
 def test_what_only_looked_like_a_stop_string_is_given_back(tokenizer: Any) -> None:
     assert "".join(stream_of(tokenizer, "one EN", ("END",))) == "one EN"
+
+
+def test_a_stop_string_that_ends_in_an_unfinished_character_never_leaks(tokenizer: Any) -> None:
+    class Fixed:
+        def decode(self, ids: list[int]) -> str:
+            return b"".join({0: b"a EN", 1: b"D\xe6"}[i] for i in ids).decode(errors="replace")
+
+    stream = TextStream(Fixed(), ("END",))  # type: ignore[arg-type]
+    assert stream.push(0) + stream.push(1) + stream.flush() == "a "
+
+
+@pytest.mark.parametrize("text", ["Hello , world .  It 's", "naïve 🌍 日本"])
+def test_sentencepiece_text_is_streamed_whole(text: str) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"Helo,wrdIts'.nav"]
+    backend = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    pieces = stream_of(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), text)
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_shutting_down_ends_requests_that_run(make_engine: MakeEngine) -> None:
+    engine = make_engine(context_length=100_000)
+    engine._stop_ids = []
+
+    async def shut_down_midway() -> str | None:
+        sampling = SamplingParams(max_tokens=100_000, temperature=2.0)
+        stream = engine.generate(EngineRequest("a", prompt(engine, [5, 6]), sampling))
+        await anext(stream)
+        await asyncio.to_thread(engine.shutdown)
+        return [chunk async for chunk in stream][-1].finish_reason
+
+    assert asyncio.run(asyncio.wait_for(shut_down_midway(), 60)) == "abort"
+
+
+def test_requests_of_one_id_do_not_harm_the_engine(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+
+    async def twice() -> list[list[EngineChunk]]:
+        return await asyncio.gather(*(complete(engine, "same", [5, 6 + i], max_tokens=4 + 4 * (1 - i)) for i in (0, 1)))
+
+    first, second = asyncio.run(asyncio.wait_for(twice(), 60))
+    assert tokens(first) == reference(engine, [5, 6], 8)
+    assert tokens(second) == reference(engine, [5, 7], 4)
+    engine.health()
+    assert engine.load().running == engine.load().waiting == 0

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmllm_core.config import LanguageConfig, LoraConfig, PathSource
 from mmllm_core.errors import ConfigError, WeightsError
@@ -107,3 +108,41 @@ def test_answers_end_at_the_end_of_turn_token(tiny_lm: TinyLM, tokenizer: Any) -
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ids
     assert tokenizer.convert_tokens_to_ids("<|end|>") in ids
     assert tokenizer.eos_token_id in ids
+
+
+@pytest.fixture
+def phi3_folder(tiny_lm: TinyLM, tmp_path: Path) -> Path:
+    tiny_lm("phi3").save_pretrained(tmp_path / "lm")
+    return tmp_path / "lm"
+
+
+def test_weights_that_are_cut_off_are_one_named_error(phi3_folder: Path) -> None:
+    path = phi3_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(WeightsError, match="no causal LM"):
+        load_language_model(config(phi3_folder), phi3_folder)
+
+
+def test_a_tensor_that_is_missing_is_named_and_never_random(phi3_folder: Path) -> None:
+    path = phi3_folder / "model.safetensors"
+    state = load_file(path)
+    del state["model.layers.1.self_attn.o_proj.weight"]
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"lack 1 tensors, such as 'model\.layers\.1\.self_attn\.o_proj\.weight'"):
+        load_language_model(config(phi3_folder), phi3_folder)
+
+
+def test_tensors_of_another_shape_are_one_named_error(phi3_folder: Path) -> None:
+    path = phi3_folder / "model.safetensors"
+    state = load_file(path)
+    state["model.norm.weight"] = state["model.norm.weight"][:3].clone()
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match="shapes"):
+        load_language_model(config(phi3_folder), phi3_folder)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_tied_embeddings_are_not_missing(quantization: str, tiny_lm: TinyLM, tmp_path: Path) -> None:
+    tiny_lm("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "lm")
+    lm = load_language_model(config(tmp_path / "lm", quantization, "bfloat16"), tmp_path / "lm")
+    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight

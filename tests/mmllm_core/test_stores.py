@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mmllm_core.artifact import building, is_built
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
@@ -151,3 +152,38 @@ def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
 def test_without_a_bundle_latest_says_how_to_make_one() -> None:
     with pytest.raises(BundleError, match="make demo"):
         Bundle.latest()
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"sha256": "%s"}', '{"keys": ["a", "b"], "sha256": "%s"}'])
+def test_a_damaged_index_is_never_used(index: str, tmp_path: Path) -> None:
+    FeatureStore(tmp_path).write(["a"], features(1))
+    path = next(tmp_path.glob("*.json"))
+    path.write_text(index.replace("%s", json.loads(path.read_text())["sha256"]))
+    assert FeatureStore(tmp_path).missing(["a", "b"]) == ["a", "b"]
+
+
+def test_a_shard_that_was_damaged_can_be_written_again(tmp_path: Path) -> None:
+    FeatureStore(tmp_path).write(["a"], features(1))
+    next(tmp_path.glob("*.npy")).write_bytes(b"")
+    FeatureStore(tmp_path).write(["a"], features(1, 7))
+    found = FeatureStore(tmp_path).get("a")
+    assert found is not None
+    assert np.array_equal(found, features(1, 7)[0])
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{"])
+def test_a_manifest_that_cannot_be_read_is_one_named_error(manifest: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        Bundle.open(tmp_path)
+
+
+def test_a_loaded_bundle_answers_as_what_was_saved(bundle: Bundle, tiny_lm: TinyLM) -> None:
+    model = bundle.load_model()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.inference_mode():
+        found = model.lm(inputs_embeds=model.embed(ids, None)).logits
+        expected = tiny_lm("phi3")(input_ids=ids).logits  # a fresh adapter adds nothing
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not model.training
+    assert not model.trainable_names()

@@ -138,3 +138,47 @@ def test_a_layer_that_the_tower_lacks_is_refused(tiny_clip: Callable[..., Path])
 def test_weights_that_do_not_fit_are_one_named_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"open_clip_config\.json"):
         encoder(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_a_colour_that_is_declared_transparent_is_white(mode: str) -> None:
+    colour = (0, 0, 0) if mode == "RGB" else 0
+    clear = Image.new(mode, (4, 4), colour)
+    assert decode_image(encoded(clear, transparency=colour), LIMIT).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_gray_of_16_bits_keeps_its_range() -> None:
+    ramp = Image.fromarray(np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16))
+    found = np.asarray(decode_image(encoded(ramp), LIMIT))[..., 0].reshape(-1)
+    assert np.abs(found.astype(int) - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_damaged_bytes_give_a_picture_or_an_image_error(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    whole = np.frombuffer(encoded(picture(24, 20), kind), dtype=np.uint8)
+    refused = 0
+    for _ in range(200):
+        damaged = whole.copy()
+        damaged[rng.integers(0, min(300, len(whole)), 4)] = rng.integers(0, 256, 4)
+        try:
+            assert decode_image(damaged.tobytes(), LIMIT).mode == "RGB"
+        except ImageError:
+            refused += 1
+    assert refused
+
+
+def test_a_file_that_is_no_safetensors_is_one_named_error(tiny_clip: Callable[..., Path]) -> None:
+    folder = tiny_clip()
+    (folder / "open_clip_model.safetensors").write_bytes(b"garbage" * 9)
+    with pytest.raises(WeightsError, match="open_clip_model"):
+        encoder(folder)
+
+
+def test_a_key_is_of_the_picture_and_of_the_encoder(tiny_clip: Callable[..., Path]) -> None:
+    folder = tiny_clip()
+    first, other = encoder(folder), encoder(folder, merge=2)
+    again = decode_image(encoded(picture()), LIMIT)
+    assert first.key(picture()) == first.key(again)
+    assert first.key(picture()) != first.key(picture(seed=1))
+    assert first.key(picture()) != other.key(picture())
