@@ -22,6 +22,7 @@ class TextStream:
         self._stop = [s for s in stop if s]
         self._ids: list[int] = []
         self._start = 0  # ids before it are decoded for good
+        self._context = 0  # where the piece before `_start` begins
         self._pending = ""
         self.stopped = False
 
@@ -31,7 +32,7 @@ class TextStream:
         window = self._window()
         if window.endswith(_REPLACEMENT):  # a character that goes on in the next token
             return ""
-        self._start = len(self._ids)
+        self._context, self._start = self._start, len(self._ids)
         self._pending += window
         return self._release()
 
@@ -45,9 +46,12 @@ class TextStream:
         return text
 
     def _window(self) -> str:
-        """Text of the ids after `_start`, decoded behind the token before them: a space may depend on it."""
-        context = self._tokenizer.decode(self._ids[max(0, self._start - 1) : self._start])
-        return self._tokenizer.decode(self._ids[max(0, self._start - 1) :])[len(context) :]
+        """Text of the ids after `_start`, decoded behind the piece before them: a space may depend on it.
+
+        That piece is of whole characters. Behind a part of one, tokenizers with byte fallback spoil all the bytes.
+        """
+        context = self._tokenizer.decode(self._ids[self._context : self._start])
+        return self._tokenizer.decode(self._ids[self._context :])[len(context) :]
 
     def _release(self) -> str:
         found = [at for at in (self._pending.find(s) for s in self._stop) if at >= 0]
