@@ -76,6 +76,7 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
             dtype=dtype,
             quantization_config=quantization,
             device_map={"": device},
+            attn_implementation="eager" if device == "cpu" else "sdpa",  # sdpa with a mask is slower on CPU
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
