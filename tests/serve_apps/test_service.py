@@ -168,6 +168,10 @@ BAD: dict[str, tuple[Any, str | None]] = {
     ),
     "empty audio": ([audio_part(b"")], f"{CONTENT}.input_audio"),
     "garbage audio": ([audio_part(b"\0garbage" * 100)], f"{CONTENT}.input_audio"),
+    "audio that is not base64": (
+        [{"type": "input_audio", "input_audio": {"data": "@@@@", "format": "wav"}}],
+        f"{CONTENT}.input_audio",
+    ),
     "a picture as audio": ([audio_part(WHOLE_PNG)], f"{CONTENT}.input_audio"),
     "audio without speech": ([audio_part(silence())], f"{CONTENT}.input_audio"),
     "an unknown part": ([{"type": "video", "video": 1}], f"{CONTENT}.type"),
