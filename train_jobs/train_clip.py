@@ -95,7 +95,9 @@ def _worker(config: dict[str, Any]) -> None:
     device = torch.device(worker_device())
     tokens = tokenizer(captions).to(device)  # (n_captions, context_length)
     parallel = prepare_model(model)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), betas=(0.9, 0.98), eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, recipe.weight_decay), betas=(0.9, 0.98), eps=1e-6, fused=True
+    )
     log = MetricsLog(Path(config["log"])) if rank == 0 else None
     # Every worker draws the same order and takes its own share of each batch.
     generator = torch.Generator().manual_seed(recipe.seed)

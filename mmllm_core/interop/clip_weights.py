@@ -95,12 +95,15 @@ def _preprocess_cfg(processor: Mapping[str, Any], image_size: int) -> dict[str, 
     """open_clip's preprocessing that equals the processor's, or an error: other pixels would be other features."""
     if processor.get("do_pad"):
         raise WeightsError("the image processor pads images to squares, which open_clip's preprocessing does not do")
+    scale = processor.get("rescale_factor", 1 / 255)
+    if not (processor.get("do_normalize", True) and processor.get("do_rescale", True) and abs(255 * scale - 1) < 1e-3):
+        raise WeightsError("the image processor does not scale pixels to 0..1 and then normalise them")
     resample = processor.get("resample", 3)
     if resample not in _INTERPOLATION:
         raise WeightsError(f"the image processor's resample filter {resample} is not bilinear (2) or bicubic (3)")
-    size = _edges(processor.get("size", image_size))
+    size = _edges(processor.get("size") or image_size)
     crops = processor.get("do_center_crop", True)
-    if crops and size == (None, image_size) and _edges(processor.get("crop_size", image_size))[1] == image_size:
+    if crops and size == (None, image_size) and _edges(processor.get("crop_size") or image_size)[1] == image_size:
         resize_mode = "shortest"
     elif size == (image_size, image_size):
         resize_mode = "squash"

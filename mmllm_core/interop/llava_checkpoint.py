@@ -116,7 +116,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
         processor = _read_json(folder / "preprocessor_config.json")
     else:
         processor = _read_json(folder / "processor_config.json").get("image_processor", {})
-    if "image_mean" not in processor or "image_std" not in processor:
+    if not processor.get("image_mean") or not processor.get("image_std"):
         raise WeightsError(f"{folder}: its image processor does not say 'image_mean' and 'image_std'")
     return processor
 

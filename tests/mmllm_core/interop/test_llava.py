@@ -36,7 +36,14 @@ def checkpoint(tmp_path: Path, tokenizer: Any) -> Callable[..., tuple[Any, Path]
     """Save a random LLaVA with its tokenizer and image processor; gives the model and the folder."""
 
     def build(
-        lm: str = "phi3", *, layer: int = -2, strategy: str = "default", act: str = "quick_gelu", old_keys: bool = True
+        lm: str = "phi3",
+        *,
+        layer: int = -2,
+        strategy: str = "default",
+        act: str = "quick_gelu",
+        old_keys: bool = True,
+        bias: bool = True,
+        **lm_changes: Any,
     ) -> tuple[Any, Path]:
         from transformers import CLIPImageProcessor, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -52,10 +59,12 @@ def checkpoint(tmp_path: Path, tokenizer: Any) -> Callable[..., tuple[Any, Path]
         )
         config = LlavaConfig(
             vision_config=vision,
-            text_config=tiny_lm_config(lm),
+            text_config=tiny_lm_config(lm, **lm_changes),
             image_token_index=IMAGE_ID,
             vision_feature_layer=layer,
             vision_feature_select_strategy=strategy,
+            multimodal_projector_bias=bias,
+            tie_word_embeddings=lm_changes.get("tie_word_embeddings", False),
         )
         torch.manual_seed(0)
         model = LlavaForConditionalGeneration(config).eval()
@@ -160,4 +169,94 @@ def test_a_missing_tensor_is_named(checkpoint: Any, profile: Profile) -> None:
     lost = next(name for name in state if name.endswith("o_proj.weight"))
     save_file({name: tensor for name, tensor in state.items() if name != lost}, path, metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"o_proj\.weight"):
+        import_llava(folder, profile=profile, name="refused")
+
+
+def logits_differ_by(original: Any, folder: Path, profile: Profile) -> float:
+    """Greatest difference between the original's logits and those of the bundle imported from `folder`."""
+    bundle = import_llava(folder, profile=profile, name="imported")
+    model, encoder = bundle.load_model(), bundle.load_vision()
+    pixels = encoder._preprocess(picture()).unsqueeze(0)
+    features = encoder._features(pixels).float()
+    ids = torch.tensor([[5, *[IMAGE_TOKEN_ID] * features.shape[1], 30, 31]])
+    with torch.inference_mode():
+        expected = original(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, IMAGE_ID), pixel_values=pixels).logits
+        found = model.lm(inputs_embeds=model.embed(ids, features)).logits
+    return float((expected - found).abs().max())
+
+
+def test_a_checkpoint_in_shards_is_imported(checkpoint: Any, profile: Profile) -> None:
+    original, folder = checkpoint()
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(state)
+    weight_map = {}
+    for i in range(2):
+        file = f"model-{i}.safetensors"
+        save_file({name: state[name] for name in names[i::2]}, folder / file)
+        weight_map |= dict.fromkeys(names[i::2], file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert logits_differ_by(original, folder, profile) < 1e-4
+
+
+def test_an_lm_is_written_in_shards(checkpoint: Any, profile: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmllm_core.interop.llava._SHARD_BYTES", 50_000)
+    original, folder = checkpoint()
+    assert logits_differ_by(original, folder, profile) < 1e-4
+
+
+def test_a_layer_counted_from_the_start_is_the_same_layer(checkpoint: Any, profile: Profile) -> None:
+    original, folder = checkpoint(layer=2)
+    assert logits_differ_by(original, folder, profile) < 1e-4
+
+
+def test_a_projector_without_bias_is_imported(checkpoint: Any, profile: Profile) -> None:
+    original, folder = checkpoint(bias=False)
+    assert logits_differ_by(original, folder, profile) < 1e-4
+
+
+def test_tied_embeddings_are_imported(checkpoint: Any, profile: Profile) -> None:
+    original, folder = checkpoint("llama", tie_word_embeddings=True)
+    assert logits_differ_by(original, folder, profile) < 1e-4
+
+
+def test_the_context_is_no_longer_than_the_lm_allows(checkpoint: Any, profile: Profile) -> None:
+    _, folder = checkpoint()
+    assert import_llava(folder, profile=profile, name="imported").profile.language.context_length == 512
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"do_pad": True}, "pads"),
+        ({"resample": 1}, "resample"),
+        ({"crop_size": {"height": 16, "width": 16}}, "32x32"),
+        ({"image_mean": None}, "image_mean"),
+        ({"do_normalize": False}, "normalise"),
+        ({"rescale_factor": 0.0078}, "scale"),
+    ],
+)
+def test_preprocessing_that_would_give_other_pixels_is_refused(
+    change: dict[str, Any], named: str, checkpoint: Any, profile: Profile
+) -> None:
+    _, folder = checkpoint()
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(WeightsError, match=named):
+        import_llava(folder, profile=profile, name="refused")
+
+
+@pytest.mark.parametrize("layer", [0, 4, -5])
+def test_a_layer_that_the_tower_lacks_is_refused(layer: int, checkpoint: Any, profile: Profile) -> None:
+    _, folder = checkpoint()
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vision_feature_layer": layer}))
+    with pytest.raises(WeightsError, match="vision_feature_layer"):
+        import_llava(folder, profile=profile, name="refused")
+
+
+def test_weights_that_are_no_safetensors_are_refused(checkpoint: Any, profile: Profile) -> None:
+    _, folder = checkpoint()
+    (folder / "model.safetensors").write_bytes(b"garbage" * 9)
+    with pytest.raises(WeightsError, match="safetensors"):
         import_llava(folder, profile=profile, name="refused")
