@@ -52,7 +52,9 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
             include_dashboard=False,
             **common,
         )
-    signal.signal(signal.SIGTERM, _interrupt)  # after Ray, which sets a handler of its own
+    # After Ray, which sets handlers of its own; and a shell may have started us with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     for name in ("ray.train", "ray.serve", "ray.data", "ray"):
         logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
     try:
