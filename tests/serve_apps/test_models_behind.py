@@ -1,0 +1,93 @@
+"""The deployments with their models, outside Ray: what is served is what was trained."""
+
+import asyncio
+import base64
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mmllm_core.bundle import Bundle
+from mmllm_core.conversation import ImagePart, Message, TextPart, render
+from mmllm_core.data.collate import collate
+from mmllm_core.data.feature_store import FeatureStore
+from mmllm_core.engine.protocol import SamplingParams
+from mmllm_core.engine.transformers_engine import stop_token_ids
+from mmllm_core.errors import ConversationError, ImageError
+from mmllm_core.vision import decode_image
+from serve_apps.builder import load_serve_config
+from serve_apps.clip_app import ClipDeployment
+from serve_apps.phi_app import PhiDeployment
+from serve_apps.prompt import Prompt
+from serve_apps.upload import Upload
+from tests.serve_apps.conftest import image_uri
+
+CONFIG = load_serve_config("embedded", {"phi.threads": 1})
+QUESTION = (Message("user", (ImagePart(), TextPart("What is this?"))),)
+PNG = base64.b64decode(image_uri("blue").partition(",")[2])
+
+
+@pytest.fixture(scope="module")
+def phi(bundle: Bundle) -> PhiDeployment:
+    return PhiDeployment(bundle.folder, CONFIG.phi)
+
+
+async def _say(phi: PhiDeployment, prompt: Prompt) -> list[int]:
+    return [token async for chunk in phi.generate(prompt) for token in chunk.token_ids]
+
+
+def test_a_served_answer_is_the_trained_models_own(bundle: Bundle, phi: PhiDeployment) -> None:
+    encoder, model = bundle.load_vision(), bundle.load_model()
+    features = encoder.encode([decode_image(PNG, 10_000)])  # (1, n_patches, d_vision)
+    rendered = render(
+        QUESTION,
+        bundle.tokenizer,
+        n_image_tokens=model.connector.n_tokens(encoder.n_patches),
+        max_length=2048,
+        generation_prompt=True,
+    )
+    batch = collate([rendered], list(features), padding="left")
+    stop_ids = stop_token_ids(model.lm, bundle.tokenizer)
+    with torch.inference_mode():
+        expected = model.generate(
+            batch.input_ids, batch.attention_mask, batch.features, max_new_tokens=24, stop_ids=stop_ids
+        )
+    served = asyncio.run(_say(phi, Prompt("a", QUESTION, features, SamplingParams(max_tokens=24))))
+    assert served == expected[0].tolist()
+    assert len(served) == 24
+    assert phi.load().running == 0
+
+
+def test_leaving_an_answer_frees_the_engine(phi: PhiDeployment) -> None:
+    async def leave() -> None:
+        stream = phi.generate(Prompt("b", (Message.text("user", "Hi"),), None, SamplingParams(max_tokens=1900)))
+        await anext(stream)
+        assert phi.load().running == 1
+        await stream.aclose()
+        assert phi.load().running == 0
+
+    asyncio.run(leave())
+
+
+def test_a_prompt_beyond_the_context_is_refused(phi: PhiDeployment) -> None:
+    with pytest.raises(ConversationError, match="at most 2047 fit"):
+        asyncio.run(_say(phi, Prompt("c", (Message.text("user", "word " * 3000),), None, SamplingParams())))
+
+
+def test_stored_features_are_served_instead_of_computed(bundle: Bundle, tmp_path: Path) -> None:
+    encoder = bundle.load_vision()
+    stored = np.full((1, encoder.n_patches, encoder.d_vision), 0.5, np.float16)
+    FeatureStore(tmp_path).write([encoder.key(decode_image(PNG, 10_000))], stored)
+    clip = ClipDeployment(bundle.folder, CONFIG.clip.model_copy(update={"feature_store": tmp_path}))
+    found = asyncio.run(clip.encode([Upload(PNG, "p"), Upload(PNG, "p")]))
+    assert found.dtype == np.float16
+    assert found.flags.c_contiguous
+    assert np.array_equal(found, np.concatenate([stored, stored]))
+
+
+def test_a_broken_image_names_its_field(bundle: Bundle) -> None:
+    clip = ClipDeployment(bundle.folder, CONFIG.clip)
+    with pytest.raises(ImageError) as caught:
+        asyncio.run(clip.encode([Upload(b"no image", "messages.0.content.3.image_url")]))
+    assert caught.value.param == "messages.0.content.3.image_url"
