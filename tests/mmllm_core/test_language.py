@@ -47,6 +47,15 @@ def test_a_fresh_adapter_changes_nothing_and_covers_every_linear_of_a_block(fold
     assert all(name.endswith("base_layer") for name in linears), "a linear layer of a block has no LoRA"
 
 
+def test_nf4_quantizes_every_linear_of_a_block_and_keeps_the_head(folder: Path) -> None:
+    lm: Any = load_language_model(config(folder, "nf4", "bfloat16"), folder)
+    weights = [m.weight for m in lm.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert weights
+    assert {getattr(weight, "quant_type", None) for weight in weights} == {"nf4"}
+    assert {weight.dtype for weight in weights} == {torch.bfloat16}, "ZeRO shards no other storage"
+    assert type(lm.lm_head) is torch.nn.Linear
+
+
 def test_nf4_learns_through_its_adapter_and_a_saved_adapter_gives_the_same_loss(folder: Path, tmp_path: Path) -> None:
     settings = config(folder, "nf4", "bfloat16")
     adapted = add_adapter(load_language_model(settings, folder), LoraConfig(rank=4)).train()
