@@ -29,7 +29,7 @@ from mmllm_core.vision import ClipEncoder
 if TYPE_CHECKING:
     from transformers import LlavaConfig
 
-_SHARD_BYTES = 2_000_000_000
+_SHARD_BYTES = 1_000_000_000
 
 
 def import_llava(
@@ -80,6 +80,7 @@ def import_llava(
             feature_fingerprint=encoder.fingerprint,
             recipe={"stage": "import", "format": "llava", "checkpoint": folder.name},
         )
+        del encoder  # its gigabyte is not needed while the LM is written
         return save_bundle(
             info,
             connector,

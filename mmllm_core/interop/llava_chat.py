@@ -5,7 +5,7 @@ renderer places them by itself, so the checkpoint's own `<image>` token stays un
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,15 @@ _STRINGS_TO_LISTS = (
 )
 """Goes before a template that expects contents as lists of parts, as the templates of processors do."""
 
+_FOLD_SYSTEM = (
+    "{%- if messages | length > 1 and messages[0].role == 'system' and messages[1].role == 'user' -%}"
+    "{%- set said = messages[0].content + '\\n' + messages[1].content -%}"
+    "{%- set messages = [{'role': 'user', 'content': said}] + messages[2:] -%}{%- endif %}"
+)
+"""Goes before a template that has no place for a system message, as Phi-3's first: it opens the user's turn."""
+
 _PROBE = (Message.text("user", "a"), Message.text("assistant", "b"), Message.text("user", "c"))
+_SYSTEM = Message.text("system", "s")
 
 
 def load_chat_tokenizer(folder: Path, chat_template: str | None = None) -> "PreTrainedTokenizerBase":
@@ -53,7 +61,8 @@ def load_chat_tokenizer(folder: Path, chat_template: str | None = None) -> "PreT
     for template in candidates:
         for variant in (template, _STRINGS_TO_LISTS + template):
             tokenizer.chat_template = variant
-            if _renders(tokenizer):
+            if _renders(tokenizer, _PROBE):
+                _make_room_for_system(tokenizer)
                 _lead_with_bos(tokenizer)
                 return tokenizer
     problem = "the chat template cannot be used" if candidates else "the checkpoint has no chat template"
@@ -72,12 +81,21 @@ def _templates(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> Iterator[s
         yield PHI3_CHAT_TEMPLATE
 
 
-def _renders(tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _renders(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> bool:
     try:
-        render(_PROBE, tokenizer, n_image_tokens=1, max_length=10_000, generation_prompt=True)
+        render(messages, tokenizer, n_image_tokens=1, max_length=10_000, generation_prompt=True)
     except ConversationError:
         return False
     return True
+
+
+def _make_room_for_system(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Fold a system message into the first turn where the template drops or refuses it."""
+    template = tokenizer.chat_template
+    if not _renders(tokenizer, (_SYSTEM, *_PROBE)):
+        tokenizer.chat_template = _FOLD_SYSTEM + template
+        if not _renders(tokenizer, (_SYSTEM, *_PROBE)):
+            tokenizer.chat_template = template
 
 
 def _lead_with_bos(tokenizer: "PreTrainedTokenizerBase") -> None:
