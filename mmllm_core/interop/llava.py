@@ -2,7 +2,7 @@
 
 In: the folder of a `LlavaForConditionalGeneration` (Liu et al., 2023, arXiv:2310.03744): a CLIP vision tower, a
 projector of two layers, and a Llama or Phi-3 LM, such as `xtuner/llava-phi-3-mini-hf`. Out: a bundle that serves
-without training. Neither the LLaVA model nor its LM is built: tensors are read one at a time, and at most
+without training. Neither the LLaVA model nor its LM is built: the LM's tensors are read one at a time, and at most
 `_SHARD_BYTES` of them are held at once. Does not know where the folder came from.
 """
 

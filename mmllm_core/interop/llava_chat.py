@@ -43,7 +43,8 @@ def load_chat_tokenizer(folder: Path, chat_template: str | None = None) -> "PreT
     """Load a checkpoint's tokenizer and settle its chat template.
 
     The template is, of these, the first that renders a conversation: the one given, else the tokenizer's, the
-    processor's, or Phi-3's for a tokenizer with Phi-3's control tokens.
+    processor's, or Phi-3's for a tokenizer with Phi-3's control tokens. Where it has no place for a system message,
+    that message opens the user's turn.
 
     Args:
         chat_template: Jinja template to use instead of the checkpoint's.
