@@ -15,7 +15,7 @@ class Answer:
     """What came back."""
 
     text: str
-    transcripts: tuple[str, ...]
+    transcripts: tuple[str, ...] = ()
 
 
 class Asker:
@@ -53,10 +53,10 @@ class Asker:
             )
         except openai.APIStatusError as error:
             raise MmllmError(f"the assistant refused: {error.message}") from error
-        return Answer(reply.choices[0].message.content or "", tuple((reply.model_extra or {}).get("transcripts", ())))
+        return Answer(reply.choices[0].message.content or "", _transcripts(reply))
 
-    def stream(self, messages: list[dict[str, Any]], max_tokens: int = 256) -> Iterator[str]:
-        """Ask and yield the answer's text as it comes; what was heard comes first, in quotation marks.
+    def stream(self, messages: list[dict[str, Any]], max_tokens: int = 256) -> Iterator[Answer]:
+        """Ask and yield the answer in pieces as they come; the first carries what was heard.
 
         Raises:
             MmllmError: the service refused; the message is its own.
@@ -71,10 +71,8 @@ class Asker:
                 stream=True,
             )
             for chunk in chunks:
-                for heard in (chunk.model_extra or {}).get("transcripts", ()):
-                    yield f'(heard: "{heard}")\n'
-                if chunk.choices and chunk.choices[0].delta.content:
-                    yield chunk.choices[0].delta.content
+                text = (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                yield Answer(text, _transcripts(chunk))
         except openai.APIError as error:
             raise MmllmError(f"the assistant refused: {error.message}") from error
 
@@ -94,6 +92,11 @@ def user_message(text: str | None = None, image: Path | None = None, audio: Path
     if text:
         parts.append({"type": "text", "text": text})
     return {"role": "user", "content": parts}
+
+
+def _transcripts(body: Any) -> tuple[str, ...]:
+    """The API's own extension field, which the client keeps beside the fields that it knows."""
+    return tuple((body.model_extra or {}).get("transcripts", ()))
 
 
 def _base64(path: Path) -> str:

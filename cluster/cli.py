@@ -90,15 +90,14 @@ def evaluate(
 def serve(
     profile: Annotated[str, typer.Option(help="embedded, phi, or a serve config's YAML file.")] = "embedded",
     bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
-    port: Port = 8000,
+    port: Annotated[int | None, typer.Option(help="Instead of the config's own port.", min=1, max=65535)] = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve a bundle: the API under /v1 and the chat page at /."""
     from cluster.local import local_ray
-    from cluster.server import require_devices, require_free_port, serving, wait_for_ever
-    from serve_apps.builder import load_serve_config
+    from cluster.server import local_config, require_devices, require_free_port, serving, wait_for_ever
 
-    config = load_serve_config(profile, {"http.port": port})
+    config = local_config(profile, port)
     require_free_port(config.http.host, config.http.port)
     require_devices(config)
     opened = _bundle_for(profile, bundle)
@@ -133,8 +132,10 @@ def chat(
         history.append(user_message(text, image, audio))
         answer = ""
         for piece in asker.stream(history):
-            console.print(piece, end="", markup=False, highlight=False)
-            answer += piece if not piece.startswith("(heard:") else ""
+            for heard in piece.transcripts:
+                console.print(f'(heard: "{heard}")', markup=False, highlight=False)
+            console.print(piece.text, end="", markup=False, highlight=False)
+            answer += piece.text
         console.print()
         if once:
             return

@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.ask import Asker, user_message
 from cluster.doctor import require_able
 from cluster.local import local_ray
-from cluster.server import serving, wait_for_ever
+from cluster.server import local_config, serving, wait_for_ever
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import ClipRecipe, Recipe
 from mmllm_core.data import easy_vqa
@@ -48,8 +48,6 @@ def run_demo(options: DemoOptions) -> None:
     Raises:
         MmllmError: any step failed; the message says what to do.
     """
-    from serve_apps.builder import load_serve_config
-
     started = time.monotonic()
     require_able(options.port)
     _heading(1, "Fetch weights and data")
@@ -65,7 +63,7 @@ def run_demo(options: DemoOptions) -> None:
     with local_ray(verbose=options.verbose):
         bundle = _train(options)
         _heading(6, "Serve and ask")
-        config = load_serve_config("embedded", {"http.port": options.port, "clip.feature_store": str(_store())})
+        config = local_config("embedded", options.port)
         with ExitStack() as stack:
             with console.status("  deploying CLIP, Whisper and Phi"):
                 url = stack.enter_context(serving(bundle, config))
@@ -132,12 +130,6 @@ def spoken_clip() -> Path:
 def _picture_question() -> Question:
     """A question about colour, from the test split."""
     return next(q for q in easy_vqa.held_out_questions(easy_vqa.fetch(), None) if q.kind == "colour")
-
-
-def _store() -> Path:
-    from mmllm_core.models.home import home
-
-    return home() / "features"
 
 
 def _heading(number: int, title: str) -> None:

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Literal
 
 import psutil
 
+from cluster.server import PORT_MEND, port_problem
 from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.home import home
+from train_jobs.deepspeed_ops import compiler
 
 State = Literal["ok", "lack", "stop"]
 """`lack` costs something, `stop` keeps the demo from running."""
@@ -69,9 +70,8 @@ def _torch() -> Check:
 
 
 def _compiler() -> Check:
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler:
-        return Check("C++ compiler", "ok", compiler)
+    if found := compiler():
+        return Check("C++ compiler", "ok", found)
     return Check("C++ compiler", "stop", "none on PATH", "DeepSpeed needs one to train: 'apt install g++' or the like")
 
 
@@ -96,10 +96,8 @@ def _disk() -> Check:
 
 
 def _port(port: int) -> Check:
-    with socket.socket() as probe:
-        taken = probe.connect_ex(("127.0.0.1", port)) == 0
-    if taken:
-        return Check(f"port {port}", "stop", "taken", "stop what listens there or give another: --port (make: PORT=)")
+    if problem := port_problem("127.0.0.1", port):
+        return Check(f"port {port}", "stop", problem, PORT_MEND)
     return Check(f"port {port}", "ok", "free")
 
 

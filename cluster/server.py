@@ -7,7 +7,21 @@ from contextlib import contextmanager
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import EnvironmentLack, MmllmError
+from mmllm_core.models.home import features_folder
 from serve_apps.config import ServeConfig
+
+PORT_MEND = "stop what listens there or give another with --port (make: PORT=8001)"
+
+
+def port_problem(host: str, port: int) -> str | None:
+    """Why a port cannot be listened on, in the system's words, or None."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return str(error.strerror)
+    return None
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -16,15 +30,26 @@ def require_free_port(host: str, port: int) -> None:
     Raises:
         EnvironmentLack: something listens there already.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise EnvironmentLack(
-                f"port {port} on {host} cannot be used ({error.strerror}): stop what listens there or give another "
-                "with --port (make: PORT=8001)"
-            ) from error
+    if problem := port_problem(host, port):
+        raise EnvironmentLack(f"port {port} on {host} cannot be used ({problem}): {PORT_MEND}")
+
+
+def local_config(name: str, port: int | None = None) -> ServeConfig:
+    """A Serve config as this machine runs it: its CLIP reads the feature store that is kept here.
+
+    Args:
+        name: of a shipped config, or a YAML file.
+        port: instead of the config's own.
+
+    Raises:
+        ConfigError: unknown name, unknown key, or settings that cannot work together.
+    """
+    from serve_apps.builder import load_serve_config
+
+    config = load_serve_config(name, {"http.port": port} if port else None)
+    if config.clip.feature_store is not None:
+        return config
+    return config.model_copy(update={"clip": config.clip.model_copy(update={"feature_store": features_folder()})})
 
 
 def require_devices(config: ServeConfig) -> None:

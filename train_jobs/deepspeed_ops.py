@@ -18,6 +18,11 @@ from mmllm_core.models.home import home
 _BUILD = "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load(verbose=False)"
 
 
+def compiler() -> str | None:
+    """Path of the C++ compiler: `$CXX`, else `c++`; None if there is none."""
+    return shutil.which(os.environ.get("CXX", "c++"))
+
+
 def worker_environment(gpu: bool) -> dict[str, str]:
     """Environment variables that DeepSpeed needs before it is imported."""
     if gpu:
@@ -38,11 +43,12 @@ def build_ops() -> None:
     """
     folder = _extensions_folder()
     if is_built(folder, _inputs()):
+        for lock in folder.rglob("lock"):  # torch's, left by a worker that was killed while it loaded the op
+            lock.unlink(missing_ok=True)
         return
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    if compiler() is None:
         raise EnvironmentLack(
-            f"no C++ compiler ('{compiler}' is not on PATH), which DeepSpeed needs: install g++ "
+            "no C++ compiler is on PATH (or where CXX says), which DeepSpeed needs: install g++ "
             "(Debian and Ubuntu: 'apt install g++', macOS: 'xcode-select --install')"
         )
     with building(folder, _inputs()) as scratch:
@@ -52,7 +58,7 @@ def build_ops() -> None:
         )
         if done.returncode != 0:
             reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), done.stderr[-200:])
-            raise EnvironmentLack(f"DeepSpeed's CPU op does not compile with '{compiler}': {reason.strip()}")
+            raise EnvironmentLack(f"DeepSpeed's CPU op does not compile with '{compiler()}': {reason.strip()}")
 
 
 def _inputs() -> dict[str, str]:

@@ -29,6 +29,7 @@ from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS
 from train_jobs.launch import run_workers, worker_device
 from train_jobs.progress import MetricsLog, Stopwatch, following
 from train_jobs.recipe import load_recipe
+from train_jobs.schedule import warmup_cosine
 
 _PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"}
 
@@ -116,7 +117,7 @@ def _worker(config: dict[str, Any]) -> None:
             output["image_features"], output["text_features"], caption_of.to(device), output["logit_scale"]
         )
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe.warmup_steps, recipe.steps)
+            group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.warmup_steps, recipe.steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -180,13 +181,6 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror half of the images left to right. Upside down would be another picture: triangles stand upright."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-
-
-def _schedule(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -13,3 +13,8 @@ from pathlib import Path
 def home() -> Path:
     """The root folder; it may not exist yet."""
     return Path(os.environ.get("MMLLM_HOME") or Path.home() / ".cache" / "mmllm").expanduser().absolute()
+
+
+def features_folder() -> Path:
+    """Where the feature store lies."""
+    return home() / "features"
