@@ -17,11 +17,12 @@ from PIL import Image
 from mmllm_core.config import VisionConfig
 from mmllm_core.data import easy_vqa
 from mmllm_core.data.feature_store import FeatureStore
-from mmllm_core.models.home import home
+from mmllm_core.errors import ImageError, TrainingError
+from mmllm_core.models.home import features_folder
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import ClipEncoder, decode_image
-from train_jobs.launch import has_gpus, quiet_ray_data
+from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
 from train_jobs.progress import progress_bar
 
 
@@ -39,21 +40,21 @@ def embed_images(
         How many features were written.
 
     Raises:
-        ImageError: a file is not an image; the message names it.
+        TrainingError: a file is missing or not an image; the message names it.
     """
-    quiet_ray_data()
+    prepare_ray_data()
     gpus = has_gpus(workers)
     dataset = ray.data.from_items([{"path": str(path)} for path in paths], override_num_blocks=workers * 4)
     written = dataset.map_batches(
         _Embedder,
-        fn_constructor_args=(vision.model_dump(mode="json"), str(weights), str(home() / "features"), gpus),
+        fn_constructor_args=(vision.model_dump(mode="json"), str(weights), str(features_folder()), gpus),
         batch_size=batch,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=0 if gpus else 1,
         num_gpus=1 if gpus else 0,
     )
     total = 0
-    with progress_bar() as progress:
+    with readable_errors("embedding images"), progress_bar() as progress:
         task = progress.add_task("embedding images", total=len(paths), note="starting")
         for block in written.iter_batches(batch_size=None):
             total += int(block["written"].sum())
@@ -71,7 +72,10 @@ class _Embedder:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         by_key: dict[str, tuple[int, Image.Image]] = {}
         for row, path in enumerate(batch["path"]):
-            image = decode_image(Path(path).read_bytes(), self._encoder.config.max_pixels, param=str(path))
+            try:
+                image = decode_image(Path(path).read_bytes(), self._encoder.config.max_pixels)
+            except (ImageError, OSError) as error:
+                raise TrainingError(f"{path}: {error}") from error
             by_key.setdefault(self._encoder.key(image), (row, image))
         self._store.refresh()
         missing = self._store.missing(by_key)

@@ -14,8 +14,8 @@ import ray.data
 from mmllm_core.bundle import Bundle
 from mmllm_core.data import easy_vqa
 from mmllm_core.evaluation.accuracy import Scores, answer_questions, commonest_answer_baseline, score_by_kind
-from mmllm_core.models.home import home
-from train_jobs.launch import has_gpus, quiet_ray_data
+from mmllm_core.models.home import features_folder
+from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
 from train_jobs.progress import progress_bar
 from train_jobs.stored_features import StoredFeatures
 
@@ -29,21 +29,24 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
 
     Returns:
         The bundle's scores and those of always giving a kind's commonest answer.
+
+    Raises:
+        TrainingError: a worker failed, for want of stored features for example.
     """
-    quiet_ray_data()
+    prepare_ray_data()
     gpus = has_gpus(workers)
     questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
     dataset = ray.data.from_items([{"row": row} for row in range(len(questions))], override_num_blocks=workers * 4)
     answered = dataset.map_batches(
         _Answerer,
-        fn_constructor_args=(str(bundle.folder), str(home() / "features"), limit, seed, gpus),
+        fn_constructor_args=(str(bundle.folder), str(features_folder()), limit, seed, gpus),
         batch_size=32,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=0 if gpus else 1,
         num_gpus=1 if gpus else 0,
     )
     answers = [""] * len(questions)
-    with progress_bar() as progress:
+    with readable_errors("evaluation"), progress_bar() as progress:
         task = progress.add_task("asking", total=len(questions), note="loading")
         for block in answered.iter_batches(batch_size=None):
             for row, answer in zip(block["row"], block["answer"], strict=True):
@@ -56,24 +59,15 @@ class _Answerer:
     """One worker of the pool."""
 
     def __init__(self, bundle: str, features: str, limit: int | None, seed: int, gpu: bool):
-        from mmllm_core.language import stop_token_ids
-
         opened = Bundle.open(Path(bundle))
         self._model = opened.load_model("cuda" if gpu else "cpu")
         self._tokenizer = opened.tokenizer
-        self._stop_ids = stop_token_ids(self._model.causal_lm, self._tokenizer)
         self._features = StoredFeatures(Path(features), opened.info.feature_fingerprint)
         self._questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         questions = [self._questions[int(row)] for row in batch["row"]]
-        answers = answer_questions(
-            self._model,
-            self._tokenizer,
-            questions,
-            lambda question: self._features(question.image),
-            stop_ids=self._stop_ids,
-        )
+        answers = answer_questions(self._model, self._tokenizer, questions, self._features)
         return {"row": batch["row"], "answer": np.array(list(answers), dtype=object)}
 
 

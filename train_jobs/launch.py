@@ -5,11 +5,13 @@ Knows Ray Train and the hardware; nothing of models or data.
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train import Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -53,9 +55,20 @@ def run_workers(
         run_config=RunConfig(name=name, storage_path=str(storage)),
     )
     shutil.rmtree(storage / name, ignore_errors=True)  # Ray would otherwise resume the run of that name
-    try:
+    with readable_errors(name):
         return trainer.fit()
-    except ray.train.TrainingFailedError as error:
+
+
+@contextmanager
+def readable_errors(name: str) -> Iterator[None]:
+    """Turn what Ray wraps around a worker's exception into one line of the exception's own.
+
+    Raises:
+        TrainingError: a worker of Ray Train or Ray Data failed.
+    """
+    try:
+        yield
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise TrainingError(f"{name}: {_root_cause(error)}") from error
 
 
@@ -64,11 +77,13 @@ def has_gpus(workers: int) -> bool:
     return bool(ray.cluster_resources().get("GPU", 0) >= workers)
 
 
-def quiet_ray_data() -> None:
-    """Leave the screen to our own bars; Ray Data's log files keep everything."""
+def prepare_ray_data() -> None:
+    """Leave the screen to our own bars, and let a worker's exception come through as it was raised."""
     import ray.data
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
@@ -81,8 +96,10 @@ def _root_cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None) or {}
     cause: BaseException = next(iter(failures.values()), error)
     while True:
-        deeper = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(cause, MmllmError) or not isinstance(deeper, BaseException):
+        # Ray's wrappers come first: one that carries an MmllmError passes for an instance of it.
+        deeper = getattr(cause, "cause", None) or (None if isinstance(cause, MmllmError) else cause.__cause__)
+        if not isinstance(deeper, BaseException):
             break
         cause = deeper
-    return str(cause) if isinstance(cause, MmllmError) else f"{type(cause).__name__}: {cause}".splitlines()[0]
+    said = str(cause) if isinstance(cause, MmllmError) else f"{type(cause).__name__}: {cause}"
+    return said.splitlines()[0]  # Ray Data appends advice of its own

@@ -17,7 +17,7 @@ from mmllm_core.errors import BundleError, TrainingError
 from mmllm_core.evaluation.accuracy import Scores, scores_from_json
 from mmllm_core.evaluation.plots import plot_accuracy, plot_loss
 from mmllm_core.language import load_tokenizer
-from mmllm_core.models.home import home
+from mmllm_core.models.home import features_folder, home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import ClipEncoder
@@ -65,9 +65,10 @@ def train(recipe: Recipe) -> TrainedRun:
         profile=profile.model_dump(mode="json"),
         language_weights=str(language_weights),
         data=str(data),
-        features=str(home() / "features"),
+        features=str(features_folder()),
         fingerprint=encoder.fingerprint,
         d_vision=encoder.d_vision,
+        n_patches=encoder.n_patches,
         log=str(log),
         environment=worker_environment(gpu),
     )

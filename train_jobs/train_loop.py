@@ -7,8 +7,9 @@ and accuracy before and after. Does not know bundles or plots.
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,11 +18,12 @@ import numpy as np
 import ray.train
 
 from mmllm_core.config import ConnectorConfig, Profile, Recipe
+from mmllm_core.conversation import Message, Rendered, render
 from mmllm_core.data import easy_vqa
-from mmllm_core.data.sample import Sample
 from mmllm_core.errors import TrainingError
 from train_jobs.launch import worker_device
 from train_jobs.progress import MetricsLog, Stopwatch
+from train_jobs.schedule import warmup_cosine
 from train_jobs.stored_features import StoredFeatures
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class LoopConfig:
     features: str
     fingerprint: str
     d_vision: int
+    n_patches: int
     log: str
     environment: dict[str, str]
 
@@ -71,7 +74,14 @@ def train_loop(values: dict[str, Any]) -> None:
     if recipe.word_alignment_steps:
         _align_to_words(model, tokenizer, recipe, Path(config.data), features)
     engine = _initialise_deepspeed(model, recipe)
-    batches = _batches(recipe, profile, config, features, tokenizer, rank, world)
+    rendering = partial(
+        render,
+        tokenizer=tokenizer,
+        n_image_tokens=model.connector.n_tokens(config.n_patches),
+        max_length=profile.language.context_length,
+        generation_prompt=False,
+    )
+    batches = _batches(recipe, Path(config.data), features, rendering, rank, world)
     watch = Stopwatch()
     for step in range(recipe.steps):
         batch = next(batches)
@@ -95,12 +105,9 @@ def train_loop(values: dict[str, Any]) -> None:
 
 
 def learning_rate(recipe: Recipe, part: Part, step: int) -> float:
-    """Linear warm-up, then half a cosine to zero."""
+    """Learning rate of a part of the model at a step; see `train_jobs.schedule`."""
     peak = recipe.lora_learning_rate if part == "lm" else recipe.connector_learning_rate
-    if step < recipe.warmup_steps:
-        return peak * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * warmup_cosine(step, recipe.warmup_steps, recipe.steps)
 
 
 def load_trained(folder: Path, config: ConnectorConfig) -> tuple["MlpConnector", Path | None]:
@@ -134,26 +141,17 @@ class _Evaluator:
             answer_questions,
             merge_scores,
             score_by_kind,
-            scores_from_json,
             scores_to_json,
         )
-        from mmllm_core.language import stop_token_ids
 
         if not self._questions:
             return {}
         model.eval()
-        answers = answer_questions(
-            model,
-            self._tokenizer,
-            self._share,
-            lambda question: self._features(question.image),
-            stop_ids=stop_token_ids(model.causal_lm, self._tokenizer),
-        )
-        own = scores_to_json(score_by_kind(self._share, list(answers)))
+        answers = list(answer_questions(model, self._tokenizer, self._share, self._features))
         model.train()
         shares: list[Any] = [None] * self._world
-        dist.all_gather_object(shares, own)
-        return scores_to_json(merge_scores([scores_from_json(share) for share in shares]))
+        dist.all_gather_object(shares, score_by_kind(self._share, answers))
+        return scores_to_json(merge_scores(shares))
 
     def baseline(self) -> dict[str, list[int]]:
         """The commonest-answer baseline on the same questions."""
@@ -240,49 +238,33 @@ def _step(engine: Any, batch: "Batch", world: int) -> float:
     import torch
     import torch.distributed as dist
 
-    n_supervised = torch.tensor(float(batch.n_supervised))
+    batch = batch.to(engine.device)
+    n_supervised = torch.tensor(float(batch.n_supervised), device=engine.device)  # NCCL reduces on GPUs alone
     dist.all_reduce(n_supervised)
-    device = engine.device
-    features = None if batch.features is None else batch.features.to(device)
-    loss_sum = engine(batch.input_ids.to(device), batch.attention_mask.to(device), batch.labels.to(device), features)
+    loss_sum = engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features)
     engine.backward(loss_sum * (world / n_supervised.item()))
     engine.step()
-    total = loss_sum.detach().cpu()
+    total = loss_sum.detach().clone()
     dist.all_reduce(total)
     return float(total / n_supervised)
 
 
 def _batches(
     recipe: Recipe,
-    profile: Profile,
-    config: LoopConfig,
+    data: Path,
     features: StoredFeatures,
-    tokenizer: Any,
+    rendering: Callable[[Sequence[Message]], Rendered],
     rank: int,
     world: int,
 ) -> Iterator["Batch"]:
     """This worker's batches: every worker walks the same stream and takes each world-th conversation."""
-    from mmllm_core.conversation import render
     from mmllm_core.data.collate import collate
 
-    stream: Iterator[Sample] = easy_vqa.training_samples(Path(config.data), recipe.data, recipe.seed)
-    share = islice(stream, rank, None, world)
+    share = islice(easy_vqa.training_samples(data, recipe.data, recipe.seed), rank, None, world)
     while True:
         samples = list(islice(share, recipe.micro_batch))
         found = [features(image) for sample in samples for image in sample.images]
-        yield collate(
-            [
-                render(
-                    sample.messages,
-                    tokenizer,
-                    n_image_tokens=len(found[0]),
-                    max_length=profile.language.context_length,
-                    generation_prompt=False,
-                )
-                for sample in samples
-            ],
-            found,
-        )
+        yield collate([rendering(sample.messages) for sample in samples], found)
 
 
 def _save_trained(model: "MultimodalLM", folder: Path) -> None:

@@ -24,6 +24,11 @@ class Batch:
     labels: Tensor  # int64 (b, t)
     features: Tensor | None  # float32 (n_images, n, d_vision)
 
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on another device."""
+        features = None if self.features is None else self.features.to(device)
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), features)
+
     @property
     def n_supervised(self) -> int:
         """Positions that carry loss: a label at position 0 has nothing before it to predict it."""

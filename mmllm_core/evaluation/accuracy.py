@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from mmllm_core.conversation import ImagePart, Message, TextPart, render
 from mmllm_core.data.collate import collate
 from mmllm_core.data.sample import Question
+from mmllm_core.language import stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,21 +44,20 @@ def answer_questions(
     model: "MultimodalLM",
     tokenizer: "PreTrainedTokenizerBase",
     questions: Sequence[Question],
-    features_of: Callable[[Question], NDArray[np.float16]],
+    features_of: Callable[[Path], NDArray[np.float16]],
     *,
-    stop_ids: list[int],
     batch_size: int = 32,
     max_new_tokens: int = 8,
 ) -> Iterator[str]:
     """Answer each question about its image, greedily and each in a conversation of its own.
 
     Args:
-        features_of: a question's image as float16 (n_patches, d_vision).
-        stop_ids: tokens that end an answer.
+        features_of: features of an image file, float16 (n_patches, d_vision).
     """
+    stop_ids = stop_token_ids(model.causal_lm, tokenizer)
     for start in range(0, len(questions), batch_size):
         batch = questions[start : start + batch_size]
-        features = [features_of(question) for question in batch]
+        features = [features_of(question.image) for question in batch]
         rendered = [
             render(
                 [Message("user", (ImagePart(), TextPart(question.question)))],
@@ -67,7 +68,7 @@ def answer_questions(
             )
             for question, feature in zip(batch, features, strict=True)
         ]
-        inputs = collate(rendered, features, padding="left")
+        inputs = collate(rendered, features, padding="left").to(model.causal_lm.device)
         new_ids = model.generate(
             inputs.input_ids,
             inputs.attention_mask,

@@ -177,13 +177,11 @@ def test_a_folder_in_place_of_a_file_is_a_config_error(tmp_path: Path) -> None:
 def test_answers_come_in_order_and_are_the_models_own(tiny_lm: TinyLM, tokenizer: Any) -> None:
     model = MultimodalLM(tiny_lm("phi3"), build_connector(ConnectorConfig(), 8, 64)).eval()
     texts = ["what is there?", "is there a circle?", "what?"]
-    questions = [Question(str(i), Path("x.png"), text, "", "shape") for i, text in enumerate(texts)]
+    questions = [Question(str(i), Path(str(i)), text, "", "shape") for i, text in enumerate(texts)]
     features = {str(i): np.random.default_rng(i).normal(size=(5, 8)).astype(np.float16) for i in range(3)}
 
     def ask(batch_size: int) -> list[str]:
-        return list(
-            answer_questions(model, tokenizer, questions, lambda q: features[q.id], stop_ids=[0], batch_size=batch_size)
-        )
+        return list(answer_questions(model, tokenizer, questions, lambda p: features[p.name], batch_size=batch_size))
 
     assert len(set(ask(1))) == 3
     assert ask(2) == ask(1)

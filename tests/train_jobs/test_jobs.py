@@ -16,7 +16,7 @@ from mmllm_core.errors import TrainingError
 from mmllm_core.models.home import home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
-from train_jobs.embed_images import embed_easy_vqa
+from train_jobs.embed_images import embed_easy_vqa, embed_images
 from train_jobs.evaluate import evaluate
 from train_jobs.train import TrainedRun, train
 from train_jobs.train_clip import train_clip
@@ -126,6 +126,26 @@ def test_a_loss_that_is_not_finite_is_one_named_error(run: TrainedRun, profile: 
     with pytest.raises(TrainingError, match="the loss is"):
         train(broken)
     assert Bundle.latest().folder == run.bundle.folder, "the last good bundle stays"
+
+
+def test_an_image_that_cannot_be_read_is_one_line_that_names_it(run: TrainedRun, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    vision = run.bundle.profile.vision
+    with pytest.raises(TrainingError, match=r"broken\.png: the image could not be read") as caught:
+        embed_images([broken], vision, run.bundle.weights(vision.source))
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluating_without_stored_features_says_how_to_make_them(
+    run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "packages").symlink_to(home() / "packages")
+    monkeypatch.setenv("MMLLM_HOME", str(tmp_path / "other"))
+    with pytest.raises(TrainingError, match="mmllm embed") as caught:
+        evaluate(run.bundle, limit=4, workers=1)
+    assert "\n" not in str(caught.value)
 
 
 def _save_tiny_lm(tokenizer_folder: Path, folder: Path) -> None:
