@@ -50,6 +50,7 @@ def run_demo(options: DemoOptions) -> None:
     """
     started = time.monotonic()
     require_able(options.port)
+    config = local_config("embedded", options.port)
     _heading(1, "Fetch weights and data")
     profile = load_profile("embedded")
     for name, bring in (
@@ -63,7 +64,6 @@ def run_demo(options: DemoOptions) -> None:
     with local_ray(verbose=options.verbose):
         bundle = _train(options)
         _heading(6, "Serve and ask")
-        config = local_config("embedded", options.port)
         with ExitStack() as stack:
             with console.status("  deploying CLIP, Whisper and Phi"):
                 url = stack.enter_context(serving(bundle, config))
