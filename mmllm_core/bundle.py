@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from mmllm_core.connectors import MlpConnector
+    from mmllm_core.connectors import Connector
     from mmllm_core.model import MultimodalLM
 
 FORMAT = 1
@@ -132,13 +132,12 @@ class Bundle:
         """Load LM, adapter and connector, frozen and in eval mode."""
         from safetensors.torch import load_file
 
-        from mmllm_core.connectors import build_connector
+        from mmllm_core.connectors import LmShape, build_connector
         from mmllm_core.language import load_adapter, load_language_model
         from mmllm_core.model import MultimodalLM
 
         lm: Any = load_language_model(self.profile.language, self.weights(self.profile.language.source), device)
-        d_model = int(lm.config.hidden_size)
-        connector = build_connector(self.profile.connector, self.info.d_vision, d_model)
+        connector = build_connector(self.profile.connector, self.info.d_vision, LmShape.of(lm.config))
         connector.load_state_dict(load_file(self.folder / "connector.safetensors"))
         if (self.folder / "adapter").is_dir():
             lm = load_adapter(lm, self.folder / "adapter")
@@ -147,7 +146,7 @@ class Bundle:
 
 def save_bundle(
     info: BundleInfo,
-    connector: "MlpConnector",
+    connector: "Connector",
     tokenizer: "PreTrainedTokenizerBase",
     *,
     adapter: "nn.Module | Path | None" = None,

@@ -96,13 +96,48 @@ class LanguageConfig(StrictModel):
     context_length: int = Field(default=2048, gt=0)
 
 
-class ConnectorConfig(StrictModel):
-    """The trained bridge from features to LM embeddings."""
+class LinearConfig(StrictModel):
+    """One linear layer from features to LM embeddings."""
+
+    kind: Literal["linear"] = "linear"
+    input_norm: bool = False
+    """Layer norm over each feature before the layer; LLaVA has none."""
+    bias: bool = True
+
+
+class MlpConfig(StrictModel):
+    """Two linear layers with GELU between: LLaVA-1.5's `mlp2x_gelu`."""
 
     kind: Literal["mlp"] = "mlp"
     input_norm: bool = False
     """Layer norm over each feature before the first layer; LLaVA has none."""
     bias: bool = True
+
+
+class ResamplerConfig(StrictModel):
+    """A Perceiver resampler: an image takes `n_queries` LM positions, however many features it has."""
+
+    kind: Literal["resampler"] = "resampler"
+    n_queries: int = Field(default=64, gt=0)
+    depth: int = Field(default=2, gt=0)
+    head_dim: int = Field(default=64, gt=0)
+
+
+class CrossAttentionConfig(StrictModel):
+    """Gated cross-attention blocks before every k-th LM layer; an image takes one LM position."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    every_k_layers: int = Field(default=4, gt=0)
+    n_queries: int = Field(default=64, gt=0)
+    """Embeddings that layers attend to, resampled from an image's features."""
+    depth: int = Field(default=2, gt=0)
+    head_dim: int = Field(default=64, gt=0)
+
+
+ConnectorConfig = Annotated[
+    LinearConfig | MlpConfig | ResamplerConfig | CrossAttentionConfig, Field(discriminator="kind")
+]
+"""The trained bridge from features to LM embeddings."""
 
 
 class LoraConfig(StrictModel):
@@ -121,7 +156,7 @@ class Profile(StrictModel):
     vision: VisionConfig
     audio: AudioConfig
     language: LanguageConfig
-    connector: ConnectorConfig = ConnectorConfig()
+    connector: ConnectorConfig = MlpConfig()
     aligned_checkpoint: HubSource | None = None
     """A LLaVA checkpoint in Hugging Face format that can be imported and served without training."""
 
@@ -160,6 +195,18 @@ class DataMix(StrictModel):
     """Draw yes/no, shape and colour questions equally often instead of as they come."""
 
 
+class BatchingConfig(StrictModel):
+    """How conversations share batches, so that little is spent on padding."""
+
+    grouping: Literal["none", "length", "modality"] = "none"
+    """Conversations of like length share a batch; `modality` also keeps text apart from images, as LLaVA does."""
+    pack_tokens: int | None = Field(default=None, gt=0)
+    """Rows of at most this many tokens hold several conversations, none of which sees another; `micro_batch` then
+    counts rows."""
+    window: int = Field(default=16, gt=0)
+    """How many batches' worth of conversations are looked over at once."""
+
+
 class Recipe(StrictModel):
     """One training stage of the multimodal LM."""
 
@@ -173,6 +220,7 @@ class Recipe(StrictModel):
     word_alignment_learning_rate: float = Field(default=5e-4, gt=0)
     micro_batch: int = Field(default=8, gt=0)
     """Conversations a worker takes a step."""
+    batching: BatchingConfig = BatchingConfig()
     workers: int = Field(default=2, gt=0)
     lora: LoraConfig | None = LoraConfig()
     connector_learning_rate: float = Field(default=2e-3, gt=0)

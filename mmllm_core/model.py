@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm_core.connectors import MlpConnector
+from mmllm_core.connectors import Connector, CrossAttentionConnector, Media
+from mmllm_core.connectors.cross_attention import last_image
 from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 
 
@@ -22,10 +23,12 @@ class MultimodalLM(nn.Module):
         connector: features (b, n, d_vision) -> embeddings (b, m, d_model).
     """
 
-    def __init__(self, lm: nn.Module, connector: MlpConnector):
+    def __init__(self, lm: nn.Module, connector: Connector):
         super().__init__()
         self.lm = lm
         self.connector = connector
+        if isinstance(connector, CrossAttentionConnector):
+            connector.attach(self.causal_lm.model)
 
     @property
     def causal_lm(self) -> Any:
@@ -39,7 +42,7 @@ class MultimodalLM(nn.Module):
         return self.lm if hasattr(self.lm, "peft_config") else None
 
     def embed(self, input_ids: Tensor, features: Tensor | None) -> Tensor:
-        """Embed tokens and splice projected features over the image positions.
+        """Embed tokens and put at the image positions what the connector places there.
 
         Args:
             input_ids: int64 (b, t), images as runs of `IMAGE_TOKEN_ID`.
@@ -52,30 +55,56 @@ class MultimodalLM(nn.Module):
             ValueError: image positions and features do not match in number.
         """
         is_image = input_ids == IMAGE_TOKEN_ID  # (b, t)
-        embeddings = self.causal_lm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (b, t, d_model)
         n_positions = int(is_image.sum())
-        if features is None:
-            if n_positions:
-                raise ValueError(f"{n_positions} image positions and no features")
+        embeddings = self.causal_lm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (b, t, d_model)
+        shown = self._shown(features)
+        placed = None if shown is None else self.connector.place(shown).flatten(0, 1)  # (n_images * m, d_model)
+        n_placed = 0 if features is None or placed is None else len(placed)
+        if n_positions != n_placed:
+            raise ValueError(f"{n_positions} image positions and {n_placed} embeddings of images")
+        if placed is None:
             return embeddings
-        projected = self.connector(features).flatten(0, 1).to(embeddings.dtype)  # (n_images * m, d_model)
-        if n_positions != projected.shape[0]:
-            raise ValueError(f"{n_positions} image positions and {projected.shape[0]} projected features")
-        return embeddings.masked_scatter(is_image.unsqueeze(-1), projected)
+        return embeddings.masked_scatter(is_image.unsqueeze(-1), placed.to(embeddings.dtype))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, features: Tensor | None) -> Tensor:
+    def media(self, input_ids: Tensor, features: Tensor | None, position_ids: Tensor | None = None) -> Media | None:
+        """What the LM's layers look at; None for connectors that place all of an image in the prompt.
+
+        Args:
+            input_ids, features: as for `embed`.
+            position_ids: int64 (b, t) of packed conversations, each of which counts from 0 and sees its own images.
+        """
+        shown = self._shown(features)
+        if shown is None or not isinstance(self.connector, CrossAttentionConnector):
+            return None
+        return Media(self.connector(shown), last_image(input_ids == IMAGE_TOKEN_ID, position_ids))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        features: Tensor | None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Cross-entropy summed over supervised positions; logits are computed there and nowhere else.
 
         Args:
             input_ids, attention_mask, labels: int64 (b, t), padded on the right.
             features: (n_images, n, d_vision) or None.
+            position_ids: int64 (b, t), given if rows are packed: conversations count from 0 each, and attend to
+                themselves alone.
 
         Returns:
             float32 scalar: the sum, so that callers normalise by a global count of supervised tokens.
         """
         embeddings = self.embed(input_ids, features)
+        self._show(self.media(input_ids, features, position_ids))
+        # Without a mask, transformers takes positions that start again for the borders of packed sequences.
         hidden = self.causal_lm.model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask if position_ids is None else None,
+            position_ids=position_ids,
+            use_cache=False,
         ).last_hidden_state  # (b, t, d_model)
         targets = labels[:, 1:]  # position i predicts token i + 1
         supervised = targets != IGNORE_INDEX
@@ -97,14 +126,33 @@ class MultimodalLM(nn.Module):
         Returns:
             int64 (b, n_new) of new tokens alone, `n_new <= max_new_tokens`.
         """
-        return self.causal_lm.generate(
-            inputs_embeds=self.embed(input_ids, features),
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
-        )
+        self._show(self.media(input_ids, features))
+        try:
+            return self.causal_lm.generate(
+                inputs_embeds=self.embed(input_ids, features),
+                attention_mask=attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=stop_ids,
+                pad_token_id=stop_ids[0],
+            )
+        finally:
+            self._show(None)
+
+    def _shown(self, features: Tensor | None) -> Tensor | None:
+        """The features, or in training a blank image that no position looks at.
+
+        Workers exchange the gradients of all parameters, so the connector must take part in every step, on batches of
+        text alone too; one that does not would keep the others waiting for ever.
+        """
+        if features is None and self.training:
+            device = self.causal_lm.get_input_embeddings().weight.device
+            return torch.zeros(1, 1, self.connector.d_vision, device=device)  # (n_images, n, d_vision)
+        return features
+
+    def _show(self, media: Media | None) -> None:
+        if isinstance(self.connector, CrossAttentionConnector):
+            self.connector.show(media)
 
     def trainable_names(self) -> set[str]:
         """The trainable manifest: names of parameters that training moves and a bundle must hold."""

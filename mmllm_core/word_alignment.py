@@ -15,11 +15,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mmllm_core.connectors import MlpConnector
+    from mmllm_core.connectors import Connector
 
 
 def align_to_words(
-    connector: "MlpConnector",
+    connector: "Connector",
     features: Tensor,
     captions: Sequence[str],
     embeddings: Tensor,

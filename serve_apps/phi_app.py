@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mmllm_core.bundle import Bundle
+from mmllm_core.connectors import CrossAttentionConnector
 from mmllm_core.conversation import render
 from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.transformers_engine import TransformersEngine
@@ -37,7 +38,13 @@ class PhiDeployment:
         self._tokenizer = opened.tokenizer
         self._model = opened.load_model(config.device)
         self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
-        self._engine: Engine = TransformersEngine(self._model.lm, self._tokenizer, context_length=self._context_length)
+        connector = self._model.connector
+        self._engine: Engine = TransformersEngine(
+            self._model.lm,
+            self._tokenizer,
+            context_length=self._context_length,
+            cross_attention=connector if isinstance(connector, CrossAttentionConnector) else None,
+        )
 
     async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:
         """Answer a prompt. Closing the stream, as a disconnect does, ends the request in the engine.
@@ -46,8 +53,7 @@ class PhiDeployment:
             ConversationError: the conversation cannot be rendered or does not fit the context.
             EngineError: the engine failed.
         """
-        embeddings = await asyncio.to_thread(self._embed, prompt)  # (t, d_model)
-        request = EngineRequest(prompt.id, embeddings, prompt.sampling)
+        request = await asyncio.to_thread(self._request, prompt)
         async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -65,8 +71,8 @@ class PhiDeployment:
         self._engine.health()
 
     @torch.inference_mode()
-    def _embed(self, prompt: Prompt) -> torch.Tensor:
-        """Prompt embeddings (t, d_model)."""
+    def _request(self, prompt: Prompt) -> EngineRequest:
+        """Render and embed a prompt."""
         rendered = render(
             prompt.messages,
             self._tokenizer,
@@ -78,7 +84,8 @@ class PhiDeployment:
         features = None
         if prompt.features is not None:
             features = torch.from_numpy(prompt.features.astype(np.float32)).to(self._device)
-        return self._model.embed(input_ids, features)[0]
+        embeddings = self._model.embed(input_ids, features)[0]  # (t, d_model)
+        return EngineRequest(prompt.id, embeddings, prompt.sampling, self._model.media(input_ids, features))
 
 
 async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> AsyncGenerator[EngineChunk, None]:

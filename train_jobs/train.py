@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
 from mmllm_core.config import Recipe, parse_overrides
+from mmllm_core.connectors import LmShape
 from mmllm_core.data import easy_vqa
 from mmllm_core.errors import BundleError, TrainingError
 from mmllm_core.evaluation.accuracy import Scores, scores_from_json
@@ -77,7 +78,9 @@ def train(recipe: Recipe) -> TrainedRun:
     if result.checkpoint is None:
         raise TrainingError(f"{recipe.name}: the run ended without a checkpoint")
     with result.checkpoint.as_directory() as checkpoint:
-        connector, adapter = load_trained(Path(checkpoint), profile.connector)
+        connector, adapter = load_trained(
+            Path(checkpoint), profile.connector, encoder.d_vision, LmShape.read(language_weights)
+        )
         info = BundleInfo(
             name=recipe.name,
             profile=profile,

@@ -29,7 +29,7 @@ from train_jobs.stored_features import StoredFeatures
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mmllm_core.connectors import MlpConnector
+    from mmllm_core.connectors import Connector, LmShape
     from mmllm_core.data.collate import Batch
     from mmllm_core.model import MultimodalLM
 
@@ -110,16 +110,16 @@ def learning_rate(recipe: Recipe, part: Part, step: int) -> float:
     return peak * warmup_cosine(step, recipe.warmup_steps, recipe.steps)
 
 
-def load_trained(folder: Path, config: ConnectorConfig) -> tuple["MlpConnector", Path | None]:
+def load_trained(
+    folder: Path, config: ConnectorConfig, d_vision: int, lm: "LmShape"
+) -> tuple["Connector", Path | None]:
     """Read a checkpoint: the connector, and the adapter's folder if one was trained."""
     from safetensors.torch import load_file
 
     from mmllm_core.connectors import build_connector
 
-    state = load_file(folder / "connector.safetensors")
-    d_model, d_vision = state["linear_1.weight"].shape
-    connector = build_connector(config, d_vision, d_model)
-    connector.load_state_dict(state)
+    connector = build_connector(config, d_vision, lm)
+    connector.load_state_dict(load_file(folder / "connector.safetensors"))
     adapter = folder / "adapter"
     return connector, adapter if adapter.is_dir() else None
 
@@ -165,7 +165,7 @@ def _build_model(
 ) -> tuple["MultimodalLM", "PreTrainedTokenizerBase"]:
     import torch
 
-    from mmllm_core.connectors import build_connector
+    from mmllm_core.connectors import LmShape, build_connector
     from mmllm_core.language import add_adapter, load_language_model, load_tokenizer
     from mmllm_core.model import MultimodalLM
 
@@ -173,7 +173,7 @@ def _build_model(
     lm: Any = load_language_model(profile.language, folder, device)
     embeddings = lm.get_input_embeddings().weight
     connector = build_connector(
-        profile.connector, config.d_vision, lm.config.hidden_size, output_std=float(embeddings.float().std())
+        profile.connector, config.d_vision, LmShape.of(lm.config), output_std=float(embeddings.float().std())
     )
     if recipe.lora:
         lm = add_adapter(lm, recipe.lora)
@@ -191,7 +191,7 @@ def _align_to_words(
 
     captioned = [(image.image, image.caption) for image in easy_vqa.load_split(data, "train")]
     found = [(features(path), caption) for path, caption in captioned if caption]
-    dtype = model.connector.linear_1.weight.dtype
+    dtype = model.connector.dtype
     align_to_words(
         model.connector.float(),  # bf16 would round small updates away
         torch.from_numpy(np.stack([feature for feature, _ in found])).to(worker_device()),
@@ -241,7 +241,7 @@ def _step(engine: Any, batch: "Batch", world: int) -> float:
     batch = batch.to(engine.device)
     n_supervised = torch.tensor(float(batch.n_supervised), device=engine.device)  # NCCL reduces on GPUs alone
     dist.all_reduce(n_supervised)
-    loss_sum = engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features)
+    loss_sum = engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.position_ids)
     engine.backward(loss_sum * (world / n_supervised.item()))
     engine.step()
     total = loss_sum.detach().clone()
@@ -258,13 +258,11 @@ def _batches(
     world: int,
 ) -> Iterator["Batch"]:
     """This worker's batches: every worker walks the same stream and takes each world-th conversation."""
-    from mmllm_core.data.collate import collate
+    from mmllm_core.data.batching import Encoded, batches
 
     share = islice(easy_vqa.training_samples(data, recipe.data, recipe.seed), rank, None, world)
-    while True:
-        samples = list(islice(share, recipe.micro_batch))
-        found = [features(image) for sample in samples for image in sample.images]
-        yield collate([rendering(sample.messages) for sample in samples], found)
+    encoded = (Encoded(rendering(s.messages), tuple(features(image) for image in s.images)) for s in share)
+    return batches(encoded, recipe.batching, micro_batch=recipe.micro_batch, seed=recipe.seed)
 
 
 def _save_trained(model: "MultimodalLM", folder: Path) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mmllm_core.connectors import Media
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -28,6 +30,8 @@ class EngineRequest:
     id: str
     embeddings: "Tensor"  # (t, d_model)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    media: "Media | None" = None
+    """What the LM's layers look at, for models with cross-attention."""
 
 
 @dataclass(frozen=True)

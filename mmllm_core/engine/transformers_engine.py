@@ -25,6 +25,8 @@ from mmllm_core.language import stop_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from mmllm_core.connectors import CrossAttentionConnector
+
 _log = logging.getLogger(__name__)
 
 
@@ -35,10 +37,19 @@ class TransformersEngine:
         lm: the causal LM, plain or wrapped by peft; used from one thread only.
         tokenizer: its tokenizer.
         context_length: most positions that prompt and answer may take together.
+        cross_attention: the connector through which the LM's layers look at images, if it is of that kind.
     """
 
-    def __init__(self, lm: Any, tokenizer: "PreTrainedTokenizerBase", *, context_length: int):
+    def __init__(
+        self,
+        lm: Any,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        context_length: int,
+        cross_attention: "CrossAttentionConnector | None" = None,
+    ):
         self._lm = lm
+        self._cross_attention = cross_attention
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._stop_ids = stop_token_ids(lm, tokenizer)
@@ -166,6 +177,8 @@ class TransformersEngine:
             inputs = {"inputs_embeds": sequence.request.embeddings.unsqueeze(0)}  # (1, t, d_model)
         else:
             inputs = {"input_ids": torch.tensor([[sequence.token_ids[-1]]], device=self._lm.device)}
+        if self._cross_attention is not None:
+            self._cross_attention.show(sequence.request.media)
         output = self._lm(**inputs, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1)
         sequence.cache = output.past_key_values
         return output.logits[0, -1].float()

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mmllm_core.artifact import require_free_disk
 from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
-from mmllm_core.config import ConnectorConfig, PathSource, Profile, VisionConfig
-from mmllm_core.connectors import MlpConnector, build_connector
+from mmllm_core.config import MlpConfig, PathSource, Profile, VisionConfig
+from mmllm_core.connectors import Connector, LmShape, build_connector
 from mmllm_core.errors import WeightsError
 from mmllm_core.interop.clip_weights import write_open_clip
 from mmllm_core.interop.llava_chat import load_chat_tokenizer
@@ -72,7 +72,7 @@ def import_llava(
                 update={
                     "vision": vision,
                     "language": profile.language.model_copy(update={"context_length": _context(config, profile)}),
-                    "connector": ConnectorConfig(bias=config.multimodal_projector_bias),
+                    "connector": MlpConfig(bias=config.multimodal_projector_bias),
                 }
             ),
             d_vision=encoder.d_vision,
@@ -104,11 +104,11 @@ def _context(config: "LlavaConfig", profile: Profile) -> int:
     return min(profile.language.context_length, config.text_config.max_position_embeddings)
 
 
-def _load_connector(config: "LlavaConfig", weights: LlavaCheckpoint) -> MlpConnector:
+def _load_connector(config: "LlavaConfig", weights: LlavaCheckpoint) -> Connector:
     connector = build_connector(
-        ConnectorConfig(bias=config.multimodal_projector_bias),
+        MlpConfig(bias=config.multimodal_projector_bias),
         config.vision_config.hidden_size,
-        config.text_config.hidden_size,
+        LmShape.of(config.text_config),
     )
     try:
         connector.load_state_dict(weights.part("connector"))

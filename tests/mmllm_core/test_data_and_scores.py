@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmllm_core.config import ConnectorConfig, DataMix, Profile, Recipe, load_config, parse_overrides
-from mmllm_core.connectors import build_connector
+from mmllm_core.config import DataMix, MlpConfig, Profile, Recipe, load_config, parse_overrides
+from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IGNORE_INDEX, Rendered
 from mmllm_core.data import easy_vqa
 from mmllm_core.data.collate import collate
@@ -175,7 +175,7 @@ def test_a_folder_in_place_of_a_file_is_a_config_error(tmp_path: Path) -> None:
 
 
 def test_answers_come_in_order_and_are_the_models_own(tiny_lm: TinyLM, tokenizer: Any) -> None:
-    model = MultimodalLM(tiny_lm("phi3"), build_connector(ConnectorConfig(), 8, 64)).eval()
+    model = MultimodalLM(tiny_lm("phi3"), build_connector(MlpConfig(), 8, LmShape(64, 2))).eval()
     texts = ["what is there?", "is there a circle?", "what?"]
     questions = [Question(str(i), Path(str(i)), text, "", "shape") for i, text in enumerate(texts)]
     features = {str(i): np.random.default_rng(i).normal(size=(5, 8)).astype(np.float16) for i in range(3)}

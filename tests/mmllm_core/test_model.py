@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmllm_core.config import ConnectorConfig
-from mmllm_core.connectors import build_connector
+from mmllm_core.config import MlpConfig
+from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from mmllm_core.model import MultimodalLM
 from tests.conftest import TinyLM
@@ -17,7 +17,7 @@ FAMILIES = ["llama", "phi3", "phi"]
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tiny_lm: TinyLM) -> MultimodalLM:
-    return MultimodalLM(tiny_lm(request.param), build_connector(ConnectorConfig(), 32, 64)).eval()
+    return MultimodalLM(tiny_lm(request.param), build_connector(MlpConfig(), 32, LmShape(64, 2))).eval()
 
 
 def test_features_replace_image_positions_in_order(model: MultimodalLM) -> None:
@@ -33,7 +33,7 @@ def test_features_replace_image_positions_in_order(model: MultimodalLM) -> None:
 
 @pytest.mark.parametrize("n_images", [0, 1, 3])
 def test_too_few_or_too_many_features_are_an_error(n_images: int, tiny_lm: TinyLM) -> None:
-    model = MultimodalLM(tiny_lm("llama"), build_connector(ConnectorConfig(), 32, 64))
+    model = MultimodalLM(tiny_lm("llama"), build_connector(MlpConfig(), 32, LmShape(64, 2)))
     ids = torch.tensor([[5, *[IMAGE_TOKEN_ID] * 4, 7]])
     features = torch.randn(n_images, 2, 32) if n_images else None
     with pytest.raises(ValueError, match="image positions"):

@@ -12,7 +12,7 @@ import torch
 from mmllm_core.artifact import building, is_built
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
 from mmllm_core.config import LoraConfig, PathSource, Profile
-from mmllm_core.connectors import build_connector
+from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import BundleError
 from mmllm_core.language import add_adapter
@@ -106,7 +106,7 @@ def bundle(tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tokenizer: Any, tmp_
         feature_fingerprint=encoder.fingerprint,
     )
     adapter = add_adapter(tiny_lm("phi3"), LoraConfig(rank=2))
-    connector = build_connector(profile.connector, encoder.d_vision, 64)
+    connector = build_connector(profile.connector, encoder.d_vision, LmShape(64, 2))
     return save_bundle(info, connector, tokenizer, adapter=adapter, vision_weights=clip)
 
 

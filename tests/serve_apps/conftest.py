@@ -173,7 +173,7 @@ def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -
 def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path) -> Bundle:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mmllm_core.connectors import build_connector
+    from mmllm_core.connectors import LmShape, build_connector
     from mmllm_core.language import load_tokenizer
 
     torch.manual_seed(0)
@@ -211,7 +211,7 @@ def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path)
         n_patches=encoder.n_patches,
         feature_fingerprint=encoder.fingerprint,
     )
-    connector = build_connector(profile.connector, encoder.d_vision, 64, output_std=0.2)
+    connector = build_connector(profile.connector, encoder.d_vision, LmShape(64, 2), output_std=0.2)
     return save_bundle(info, connector, tokenizer, vision_weights=clip)
 
 
