@@ -12,9 +12,10 @@ tokenized twice and nothing is searched for.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakKeyDictionary
 
 from mmllm_core.errors import ConversationError
 
@@ -99,35 +100,77 @@ def render(
             its last turn (training).
 
     Raises:
-        ConversationError: no messages, a turn out of order, a template that drops a turn, or a
-            conversation longer than `max_length`.
+        ConversationError: no messages, a turn out of order, a template that drops a turn, a conversation longer
+            than `max_length`, or, for training, one in which nothing is supervised.
     """
     _check_turns(messages)
+    control = _control_of(tokenizer)
+    spans: list[_Span] = []
     scaffolds, order = _scaffold(messages, tokenizer, generation_prompt)
-    input_ids: list[int] = []
-    labels: list[int] = []
-
-    def append(ids: list[int], n_supervised: int) -> None:
-        input_ids.extend(ids)
-        labels.extend(ids[:n_supervised] + [IGNORE_INDEX] * (len(ids) - n_supervised))
-
-    end_of_turn_is_supervised = False
+    answered = False
     for i, scaffold in enumerate(scaffolds):
-        ids = tokenizer(scaffold, add_special_tokens=False).input_ids
-        append(ids, _end_of_turn_length(ids, tokenizer) if end_of_turn_is_supervised else 0)
+        spans.append(_Span(scaffold, "end of turn" if answered else "no"))
         if i < len(order):
             message = messages[order[i]]
-            content = _content_ids(message, tokenizer, n_image_tokens)
-            end_of_turn_is_supervised = message.role == "assistant"
-            append(content, len(content) if end_of_turn_is_supervised else 0)
+            answered = message.role == "assistant"
+            spans += _content_spans(message, control, "yes" if answered else "no")
 
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for span, ids in zip(spans, _tokenize(spans, tokenizer, n_image_tokens), strict=True):
+        n_supervised = len(ids) if span.supervised == "yes" else 0
+        if span.supervised == "end of turn":
+            n_supervised = control.end_of_turn_length(ids)
+        input_ids += ids
+        labels += ids[:n_supervised] + [IGNORE_INDEX] * (len(ids) - n_supervised)
+
+    if not generation_prompt and labels.count(IGNORE_INDEX) == len(labels):
+        raise ConversationError("nothing is supervised: the assistant says nothing in this conversation", "messages")
     if len(input_ids) > max_length:
         raise ConversationError(
             f"the conversation takes {len(input_ids)} tokens, images included, and at most {max_length} fit: "
             "shorten it or send fewer images",
             "messages",
         )
-    return Rendered(input_ids, labels, sum(isinstance(p, ImagePart) for m in messages for p in m.parts))
+    return Rendered(input_ids, labels, sum(span.text is None for span in spans))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Text that is tokenized by itself, or an image."""
+
+    text: str | None
+    supervised: Literal["no", "yes", "end of turn"]
+
+
+@dataclass(frozen=True)
+class _Control:
+    """What a tokenizer has for control tokens."""
+
+    n_tokens: int
+    """Of the tokenizer when this was read."""
+    spelled: re.Pattern[str] | None
+    """Matches, without consuming, where text spells one."""
+    special_ids: frozenset[int]
+
+    def end_of_turn_length(self, ids: Sequence[int]) -> int:
+        """Tokens of a scaffold up to and including its first special token, which ends the assistant's turn."""
+        return next((i + 1 for i, token in enumerate(ids) if token in self.special_ids), 0)
+
+
+_controls: "WeakKeyDictionary[PreTrainedTokenizerBase, _Control]" = WeakKeyDictionary()
+
+
+def _control_of(tokenizer: "PreTrainedTokenizerBase") -> _Control:
+    """Read once for each tokenizer: rendering is on the path of every request and every training sample."""
+    known = _controls.get(tokenizer)
+    if known is None or known.n_tokens != len(tokenizer):
+        added = tokenizer.added_tokens_decoder
+        contents = [re.escape(t.content) for t in added.values() if t.special or _MARKUP.fullmatch(t.content)]
+        special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+        spelled = re.compile(f"(?={'|'.join(contents)})") if contents else None
+        known = _controls[tokenizer] = _Control(len(tokenizer), spelled, frozenset(special))
+    return known
 
 
 def _check_turns(messages: Sequence[Message]) -> None:
@@ -158,19 +201,19 @@ def _scaffold(
     return pieces[0::2], order
 
 
-def _content_ids(message: Message, tokenizer: "PreTrainedTokenizerBase", n_image_tokens: int) -> list[int]:
-    """Ids of a turn's content; parts stand on lines of their own, as `<image>\\nquestion` in LLaVA."""
-    ids: list[int] = []
+def _content_spans(message: Message, control: _Control, supervised: Literal["no", "yes"]) -> Iterator[_Span]:
+    """A turn's content; parts stand on lines of their own, as `<image>\\nquestion` in LLaVA."""
     run = ""
     for i, part in enumerate(p for p in message.parts if isinstance(p, ImagePart) or _part_text(p)):
         if i > 0:
             run += "\n"
         if isinstance(part, ImagePart):
-            ids += _text_ids(run, tokenizer) + [IMAGE_TOKEN_ID] * n_image_tokens
+            yield from (_Span(piece, supervised) for piece in _cut(run, control))
+            yield _Span(None, "no")
             run = ""
         else:
             run += _part_text(part)
-    return ids + _text_ids(run, tokenizer)
+    yield from (_Span(piece, supervised) for piece in _cut(run, control))
 
 
 def _part_text(part: TextPart | SpeechPart | ImagePart) -> str:
@@ -179,28 +222,21 @@ def _part_text(part: TextPart | SpeechPart | ImagePart) -> str:
     return part.transcript.strip() if isinstance(part, SpeechPart) else ""
 
 
-def _text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids of text that was typed: whatever it spells, no control token is among them.
+def _cut(text: str, control: _Control) -> list[str]:
+    """Pieces of text that was typed, to be tokenized apart: whatever it spells, no control token is among the ids.
 
-    Text is cut after the first character of each control token that it spells, and the pieces are tokenized apart.
+    Text is cut after the first character of each control token that it spells.
     transformers' `split_special_tokens` would leave tokens such as Phi-4's `<|tool|>` whole, which are not marked as
     special, and it is a switch on the tokenizer itself: threads that render at once would flip it for each other.
     """
     if not text:
         return []
-    added = tokenizer.added_tokens_decoder.values()
-    control = [re.escape(t.content) for t in added if t.special or _MARKUP.fullmatch(t.content)]
-    cuts = [match.start() + 1 for match in re.finditer(f"(?={'|'.join(control)})", text)] if control else []
-    bounds = itertools.pairwise([0, *cuts, len(text)])
-    return [i for at, end in bounds for i in tokenizer(text[at:end], add_special_tokens=False).input_ids]
+    cuts = [match.start() + 1 for match in control.spelled.finditer(text)] if control.spelled else []
+    return [text[at:end] for at, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
-def _end_of_turn_length(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Tokens of a scaffold up to and including its first special token, which ends the assistant's turn."""
-    special = set(tokenizer.all_special_ids)
-    return next((i + 1 for i, token in enumerate(ids) if token in special or _is_added(token, tokenizer)), 0)
-
-
-def _is_added(token: int, tokenizer: "PreTrainedTokenizerBase") -> bool:
-    added = tokenizer.added_tokens_decoder.get(token)
-    return added is not None and added.special
+def _tokenize(spans: Sequence[_Span], tokenizer: "PreTrainedTokenizerBase", n_image_tokens: int) -> Iterator[list[int]]:
+    """Ids of each span; the texts go through the tokenizer in one call."""
+    texts = [span.text for span in spans if span.text is not None]
+    ids = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids)
+    return (list(next(ids)) if span.text is not None else [IMAGE_TOKEN_ID] * n_image_tokens for span in spans)

@@ -32,8 +32,10 @@ def family_tokenizer(family: str, make_tokenizer: Callable[[str | None], Any]) -
     return make_tokenizer(PHI2_CHAT_TEMPLATE if family == "phi2" else family)
 
 
-def rendered(messages: Any, tokenizer: Any, *, generation_prompt: bool = False, max_length: int = 1000) -> Rendered:
-    return render(messages, tokenizer, n_image_tokens=3, max_length=max_length, generation_prompt=generation_prompt)
+def rendered(messages: Any, tokenizer: Any, *, max_length: int = 1000) -> Rendered:
+    """For training if the assistant has the last word, else for serving."""
+    asks = not any(m.role == "assistant" for m in messages[-1:])
+    return render(messages, tokenizer, n_image_tokens=3, max_length=max_length, generation_prompt=asks)
 
 
 def text_of(ids: list[int], tokenizer: Any) -> str:
@@ -70,7 +72,7 @@ def test_labels_stand_at_the_positions_of_their_tokens(family_tokenizer: Any) ->
 
 def test_generation_prompt_ends_where_training_begins_to_supervise(family_tokenizer: Any) -> None:
     training = rendered(EXCHANGE, family_tokenizer)
-    serving = rendered(EXCHANGE[:1], family_tokenizer, generation_prompt=True)
+    serving = rendered(EXCHANGE[:1], family_tokenizer)
 
     first_supervised = next(i for i, label in enumerate(training.labels) if label >= 0)
     assert serving.input_ids == training.input_ids[:first_supervised]
@@ -174,6 +176,12 @@ def test_an_error_names_the_message_at_fault(messages: list[Message], param: str
         rendered(messages, tokenizer)
 
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("messages", [[LOOK], [Message.text("system", "Be brief."), LOOK]])
+def test_a_conversation_that_supervises_nothing_is_not_trained_on(messages: list[Message], tokenizer: Any) -> None:
+    with pytest.raises(ConversationError, match="nothing is supervised"):
+        render(messages, tokenizer, n_image_tokens=3, max_length=1000, generation_prompt=False)
 
 
 def test_a_template_that_drops_a_turn_is_an_error(make_tokenizer: Callable[[str | None], Any]) -> None:

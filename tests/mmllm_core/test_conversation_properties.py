@@ -35,11 +35,12 @@ class Family:
     scope="module",
     params=[
         ("chatml", "<|im_end|>"),
+        ("phi3", "<|end|>"),
         ("phi4", "<|end|>"),
         ("llama3", "<|eot_id|>"),
         (PHI2_CHAT_TEMPLATE, "<|endoftext|>"),
     ],
-    ids=["chatml", "phi4", "llama3", "phi2"],
+    ids=["chatml", "phi3", "phi4", "llama3", "phi2"],
 )
 def family(request: pytest.FixtureRequest, make_tokenizer: Callable[[str | None], Any]) -> Family:
     template, end_of_turn = request.param

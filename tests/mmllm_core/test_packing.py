@@ -30,6 +30,10 @@ def conversation(n_tokens: int, n_images: int, rng: random.Random, *, image_toke
     return Encoded(Rendered(ids, labels, n_images), features)
 
 
+def random_feature(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(1, 32)).astype(np.float16)
+
+
 def flat(conversations: list[Encoded]) -> list[np.ndarray]:
     return [feature for c in conversations for feature in c.features]
 
