@@ -57,7 +57,7 @@ class MultimodalLM(nn.Module):
         is_image = input_ids == IMAGE_TOKEN_ID  # (b, t)
         n_positions = int(is_image.sum())
         embeddings = self.causal_lm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (b, t, d_model)
-        shown = self._shown(features)
+        shown = self._shown(features, input_ids.device)
         placed = None if shown is None else self.connector.place(shown).flatten(0, 1)  # (n_images * m, d_model)
         n_placed = 0 if features is None or placed is None else len(placed)
         if n_positions != n_placed:
@@ -73,7 +73,7 @@ class MultimodalLM(nn.Module):
             input_ids, features: as for `embed`.
             position_ids: int64 (b, t) of packed conversations, each of which counts from 0 and sees its own images.
         """
-        shown = self._shown(features)
+        shown = self._shown(features, input_ids.device)
         if shown is None or not isinstance(self.connector, CrossAttentionConnector):
             return None
         return Media(self.connector(shown), last_image(input_ids == IMAGE_TOKEN_ID, position_ids))
@@ -139,14 +139,13 @@ class MultimodalLM(nn.Module):
         finally:
             self._show(None)
 
-    def _shown(self, features: Tensor | None) -> Tensor | None:
+    def _shown(self, features: Tensor | None, device: torch.device) -> Tensor | None:
         """The features, or in training a blank image that no position looks at.
 
         Workers exchange the gradients of all parameters, so the connector must take part in every step, on batches of
         text alone too; one that does not would keep the others waiting for ever.
         """
         if features is None and self.training:
-            device = self.causal_lm.get_input_embeddings().weight.device
             return torch.zeros(1, 1, self.connector.d_vision, device=device)  # (n_images, n, d_vision)
         return features
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import base64
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mmllm_core.bundle import Bundle
+from mmllm_core.bundle import Bundle, save_bundle
+from mmllm_core.config import ConnectorConfig, CrossAttentionConfig, LinearConfig, MlpConfig, ResamplerConfig
+from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import ImagePart, Message, TextPart, render
 from mmllm_core.data.collate import collate
 from mmllm_core.data.feature_store import FeatureStore
@@ -33,12 +36,39 @@ def phi(bundle: Bundle) -> PhiDeployment:
     return PhiDeployment(bundle.folder, CONFIG.phi)
 
 
+@pytest.fixture
+def bundle_of(bundle: Bundle) -> Callable[[ConnectorConfig], Bundle]:
+    """Save the tiny bundle again with another connector, whose gates, if it has some, are open."""
+
+    def build(config: ConnectorConfig) -> Bundle:
+        torch.manual_seed(2)
+        connector = build_connector(config, bundle.info.d_vision, LmShape(64, 2), output_std=0.2)
+        for name, parameter in connector.named_parameters():
+            if name.endswith("_gate"):
+                torch.nn.init.constant_(parameter, 0.7)
+        profile = bundle.profile.model_copy(update={"connector": config})
+        info = bundle.info.model_copy(update={"profile": profile, "name": f"tiny-{config.kind}"})
+        return save_bundle(
+            info, connector, bundle.tokenizer, vision_weights=bundle.weights(bundle.profile.vision.source)
+        )
+
+    return build
+
+
 async def _say(phi: PhiDeployment, prompt: Prompt) -> list[int]:
     return [token async for chunk in phi.generate(prompt) for token in chunk.token_ids]
 
 
-def test_a_served_answer_is_the_trained_models_own(bundle: Bundle, phi: PhiDeployment) -> None:
-    encoder, model = bundle.load_vision(), bundle.load_model()
+@pytest.mark.parametrize(
+    "config",
+    [LinearConfig(), MlpConfig(), ResamplerConfig(n_queries=5), CrossAttentionConfig(every_k_layers=1, n_queries=5)],
+    ids=lambda config: config.kind,
+)
+def test_a_served_answer_is_the_trained_models_own(
+    config: ConnectorConfig, bundle_of: Callable[[ConnectorConfig], Bundle]
+) -> None:
+    bundle = bundle_of(config)
+    encoder, model, phi = bundle.load_vision(), bundle.load_model(), PhiDeployment(bundle.folder, CONFIG.phi)
     features = encoder.encode([decode_image(PNG, 10_000)])  # (1, n_patches, d_vision)
     rendered = render(
         QUESTION,
@@ -53,10 +83,20 @@ def test_a_served_answer_is_the_trained_models_own(bundle: Bundle, phi: PhiDeplo
         expected = model.generate(
             batch.input_ids, batch.attention_mask, batch.features, max_new_tokens=24, stop_ids=stop_ids
         )
-    served = asyncio.run(_say(phi, Prompt("a", QUESTION, features, SamplingParams(max_tokens=24))))
+
+    async def say_both() -> list[list[int]]:
+        """A second conversation without images runs in between and must not look at the first one's."""
+        prompts = [Prompt("a", QUESTION, features, SamplingParams(max_tokens=24))]
+        prompts.append(Prompt("b", (Message.text("user", "Hi"),), None, SamplingParams(max_tokens=24)))
+        return await asyncio.gather(*(_say(phi, prompt) for prompt in prompts))
+
+    served, beside = asyncio.run(say_both())
     assert served == expected[0].tolist()
     assert len(served) == 24
     assert phi.load().running == 0
+    assert beside == asyncio.run(
+        _say(phi, Prompt("c", (Message.text("user", "Hi"),), None, SamplingParams(max_tokens=24)))
+    )
 
 
 def test_leaving_an_answer_frees_the_engine(phi: PhiDeployment) -> None:

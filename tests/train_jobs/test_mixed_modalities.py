@@ -1,0 +1,82 @@
+"""Under ZeRO every worker takes part in every step, whatever its batch holds."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.local import local_ray, quieten
+from mmllm_core.config import Recipe, parse_config
+from train_jobs.deepspeed_ops import build_ops, worker_environment
+from train_jobs.launch import run_workers
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+
+RECIPE = {"name": "mixed", "profile": "embedded", "stage": "instruct", "steps": 6, "lora": {"rank": 2}}
+
+
+@pytest.fixture(scope="module")
+def ray_with_ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ray, and DeepSpeed's op compiled in a home of its own."""
+    quieten()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMLLM_HOME", str(tmp_path_factory.mktemp("home")))
+        build_ops()
+        environment.update(worker_environment(gpu=False))
+        with local_ray():
+            yield
+
+
+environment: dict[str, str] = {}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_worker_with_text_alone_keeps_step_with_one_that_has_images(
+    stage: int, ray_with_ops: None, tmp_path: Path
+) -> None:
+    """Worker 0 sees an image at even steps and worker 1 at odd ones; without the other's part a step would not end."""
+
+    def work(_: dict[str, object]) -> None:
+        os.environ.update(variables)
+        import random
+
+        import numpy as np
+        import ray.train
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        from mmllm_core.config import CrossAttentionConfig, LinearConfig, ResamplerConfig
+        from mmllm_core.connectors import LmShape, build_connector
+        from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
+        from mmllm_core.data.collate import collate
+        from mmllm_core.language import add_adapter
+        from mmllm_core.model import MultimodalLM
+        from train_jobs.train_loop import _initialise_deepspeed, _step
+
+        rank, losses = ray.train.get_context().get_world_rank(), []
+        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+        configs = [LinearConfig(), ResamplerConfig(n_queries=2), CrossAttentionConfig(every_k_layers=1, n_queries=2)]
+        for config in configs:
+            torch.manual_seed(0)
+            rng = random.Random(0)
+            lm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).requires_grad_(False).bfloat16()
+            connector = build_connector(config, 8, LmShape(64, 2)).bfloat16()
+            engine = _initialise_deepspeed(MultimodalLM(add_adapter(lm, settings.lora), connector).train(), settings)
+            for step in range(6):
+                n_images = int(step % 2 == rank)
+                ids = [IMAGE_TOKEN_ID] * connector.n_tokens(2) * n_images + [rng.randrange(1, 64) for _ in range(8)]
+                rendered = Rendered(ids, [i if i >= 0 else -100 for i in ids], n_images)
+                batch = collate([rendered], [np.ones((2, 8), dtype=np.float16)] * n_images)
+                losses.append(_step(engine, batch, world=2))
+        if rank == 0:
+            (tmp_path / "losses.json").write_text(json.dumps(losses))
+
+    variables = dict(environment)
+    # A recipe offers stages up to 2; a step must not hang under any.
+    settings = parse_config(Recipe, RECIPE, "test").model_copy(update={"zero_stage": stage})
+    run_workers(work, {}, workers=2, name=f"mixed-{stage}", storage=tmp_path / "ray")
+    losses = json.loads((tmp_path / "losses.json").read_text())
+    assert len(losses) == 18
+    assert all(0 < loss < 20 for loss in losses)
