@@ -46,20 +46,16 @@ FORMATS: dict[FormatName, RowFormat] = {
 
 
 def tell_format(path: Path) -> FormatName:
-    """Which format a file is in, by its first row that is JSON.
+    """Which format a file is in, by the first row that fits one.
 
     Raises:
-        DataError: the file cannot be read, or its first row is of no known format.
+        DataError: the file cannot be read, or none of its first rows is of a known format.
     """
-    first = next((row for row in read_rows(path) if row.problem is None), None)
-    if first is None:
-        raise DataError(f"{path}: holds no rows")
-    for name, row_format in FORMATS.items():
-        if row_format.matches(first.value):
-            return name
-    raise DataError(
-        f"{path}: row {first.number}: has neither 'conversations' (LLaVA's format) nor 'messages' (the chat format)"
-    )
+    for row in islice(read_rows(path), _BATCH):
+        for name, row_format in FORMATS.items():
+            if row_format.matches(row.value):
+                return name
+    raise DataError(f"{path}: its rows have neither 'conversations' (LLaVA's format) nor 'messages' (the chat format)")
 
 
 def file_rows(path: Path, format_name: FormatName) -> Iterator[Row]:

@@ -45,7 +45,7 @@ def _text(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [None]
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in parts]
-    if any(not isinstance(text, str) for text in texts):
+    texts = [part["text"] for part in parts if isinstance(part, dict) and part.get("type") == "text" and "text" in part]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         raise MalformedRow(f"'{where}' must be a string or a list of text parts: rows with images go in LLaVA's format")
     return "\n".join(texts)
