@@ -151,9 +151,9 @@ def _print_report(report: "LintReport", rendering: "Rendering | None") -> None:
 def _print_samples(file: Path, rendering: "Rendering", n: int) -> None:
     """Supervised tokens are green, and between guillemets where colours do not show."""
     from mmllm_core.data.lint import rendered_samples, shown_pieces
-    from mmllm_core.data.token_count import load_cached
+    from mmllm_core.language import load_tokenizer
 
-    tokenizer = load_cached(rendering.tokenizer)
+    tokenizer = load_tokenizer(rendering.tokenizer)
     coloured = console.is_terminal and not console.no_color
     for row, id, rendered in islice(rendered_samples(file, tokenizer, rendering), n):
         title = (
@@ -178,6 +178,6 @@ def _plain(text: str) -> str:
 @contextmanager
 def _download_bar(what: str) -> Iterator["Told"]:
     columns = (TextColumn("  {task.description}"), BarColumn(bar_width=30), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda here, total: bar.update(task, completed=here, total=total)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+        yield lambda here, total: bar.update(task, completed=here, total=total, visible=True)

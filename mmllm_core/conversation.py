@@ -130,6 +130,39 @@ def render(
     return Rendered(input_ids, labels, sum(isinstance(p, ImagePart) for m in messages for p in m.parts))
 
 
+def text_runs(message: Message) -> list[str]:
+    """The texts before, between and after a turn's images: one more than images, each perhaps empty.
+
+    Parts stand on lines of their own, as `<image>\\nquestion` in LLaVA.
+    """
+    runs = [""]
+    for i, part in enumerate(p for p in message.parts if isinstance(p, ImagePart) or _part_text(p)):
+        if i > 0:
+            runs[-1] += "\n"
+        if isinstance(part, ImagePart):
+            runs.append("")
+        else:
+            runs[-1] += _part_text(part)
+    return runs
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
+    """Finds where a text spells one of the tokenizer's control tokens; None if there are none."""
+    added = tokenizer.added_tokens_decoder.values()
+    control = [re.escape(t.content) for t in added if t.special or _MARKUP.fullmatch(t.content)]
+    return re.compile(f"(?={'|'.join(control)})") if control else None
+
+
+def text_pieces(text: str, control: re.Pattern[str] | None) -> list[str]:
+    """Cut a text after the first character of each control token that it spells; the pieces are tokenized apart.
+
+    transformers' `split_special_tokens` would leave tokens such as Phi-4's `<|tool|>` whole, which are not marked as
+    special, and it is a switch on the tokenizer itself: threads that render at once would flip it for each other.
+    """
+    cuts = [match.start() + 1 for match in control.finditer(text)] if control else []
+    return [text[at:end] for at, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
 def _check_turns(messages: Sequence[Message]) -> None:
     if not messages:
         raise ConversationError("the conversation has no messages", "messages")
@@ -159,18 +192,11 @@ def _scaffold(
 
 
 def _content_ids(message: Message, tokenizer: "PreTrainedTokenizerBase", n_image_tokens: int) -> list[int]:
-    """Ids of a turn's content; parts stand on lines of their own, as `<image>\\nquestion` in LLaVA."""
-    ids: list[int] = []
-    run = ""
-    for i, part in enumerate(p for p in message.parts if isinstance(p, ImagePart) or _part_text(p)):
-        if i > 0:
-            run += "\n"
-        if isinstance(part, ImagePart):
-            ids += _text_ids(run, tokenizer) + [IMAGE_TOKEN_ID] * n_image_tokens
-            run = ""
-        else:
-            run += _part_text(part)
-    return ids + _text_ids(run, tokenizer)
+    first, *others = text_runs(message)
+    ids = _text_ids(first, tokenizer)
+    for run in others:
+        ids += [IMAGE_TOKEN_ID] * n_image_tokens + _text_ids(run, tokenizer)
+    return ids
 
 
 def _part_text(part: TextPart | SpeechPart | ImagePart) -> str:
@@ -180,19 +206,9 @@ def _part_text(part: TextPart | SpeechPart | ImagePart) -> str:
 
 
 def _text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Ids of text that was typed: whatever it spells, no control token is among them.
-
-    Text is cut after the first character of each control token that it spells, and the pieces are tokenized apart.
-    transformers' `split_special_tokens` would leave tokens such as Phi-4's `<|tool|>` whole, which are not marked as
-    special, and it is a switch on the tokenizer itself: threads that render at once would flip it for each other.
-    """
-    if not text:
-        return []
-    added = tokenizer.added_tokens_decoder.values()
-    control = [re.escape(t.content) for t in added if t.special or _MARKUP.fullmatch(t.content)]
-    cuts = [match.start() + 1 for match in re.finditer(f"(?={'|'.join(control)})", text)] if control else []
-    bounds = itertools.pairwise([0, *cuts, len(text)])
-    return [i for at, end in bounds for i in tokenizer(text[at:end], add_special_tokens=False).input_ids]
+    """Ids of text that was typed: whatever it spells, no control token is among them."""
+    pieces = text_pieces(text, control_tokens(tokenizer)) if text else []
+    return [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False).input_ids]
 
 
 def _end_of_turn_length(ids: list[int], tokenizer: "PreTrainedTokenizerBase") -> int:

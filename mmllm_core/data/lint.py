@@ -5,7 +5,7 @@ In: a file in one of `conversation_file.FORMATS`, its image folder, and a `Rende
 not know how a report is printed.
 
 This process reads, and decides all that a row tells by itself. What takes longer goes in batches to worker processes:
-opening images, each once, and rendering the rows whose length their bytes do not settle.
+opening images, each once, and tokenizing the rows whose length their bytes do not settle.
 """
 
 import os
@@ -23,7 +23,7 @@ from mmllm_core.data.conversation_file import FORMATS, FormatName, tell_format
 from mmllm_core.data.image_file import image_fault
 from mmllm_core.data.json_rows import read_rows
 from mmllm_core.data.record import Fault, FaultKind, MalformedRow, Record, messages_of, prevents_loading, record_faults
-from mmllm_core.data.token_count import LengthBound, Rendering, length_faults
+from mmllm_core.data.token_count import Rendering, counter
 from mmllm_core.errors import ConversationError
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class LintReport:
     rows: int = 0
     images: int = 0
     """Distinct image names."""
-    rendered: int = 0
-    """Rows whose length was counted because a bound did not settle it."""
+    tokenized: int = 0
+    """Rows whose length was counted because their bytes did not settle it."""
     findings: dict[FaultKind, Finding] = field(default_factory=dict)
 
     @property
@@ -107,7 +107,7 @@ def lint(path: Path, options: LintOptions, on_rows: Callable[[int], None] = lamb
     """
     report = LintReport(tell_format(path))
     read = FORMATS[report.format_name].read
-    bound = LengthBound(options.rendering) if options.rendering else None
+    bound = counter(options.rendering) if options.rendering else None
     first_with: dict[int, int] = {}
     names: set[int] = set()
     with worker_processes(options.workers) as pool:
@@ -133,8 +133,8 @@ def lint(path: Path, options: LintOptions, on_rows: Callable[[int], None] = lamb
                 if (key := _hash([name])) not in names:
                     names.add(key)
                     images.put(row.number, record.id, name)
-            if bound and loads and not bound.fits(record):
-                report.rendered += 1
+            if bound and loads and not bound.surely_fits(record):
+                report.tokenized += 1
                 lengths.put(row.number, record.id, record)
             for fault in faults:
                 report.add(fault, row.number, record.id)
@@ -191,7 +191,7 @@ def _image_faults(names: list[str], options: LintOptions) -> list[Fault | None]:
 
 def _length_faults(records: list[Record], options: LintOptions) -> list[Fault | None]:
     assert options.rendering is not None
-    return length_faults(records, options.rendering)
+    return counter(options.rendering).faults(records)
 
 
 def _content(record: Record) -> Iterator[str]:

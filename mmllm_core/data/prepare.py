@@ -181,8 +181,8 @@ def _commit(publication: Publication, revision: str, target: Path) -> str:
 
 def _no_hub(publication: Publication, target: Path, error: Exception) -> WeightsError:
     return WeightsError(
-        f"{publication.repo}: '{target.name}' cannot be fetched from the Hugging Face hub ({type(error).__name__}): check "
-        f"the network and run this again, or download it from {publication.page} and put it at {target}"
+        f"{publication.repo}: '{target.name}' cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
+        f"check the network and run this again, or download it from {publication.page} and put it at {target}"
     )
 
 

@@ -1,21 +1,25 @@
 """How many LM positions a conversation takes, with as little tokenizing as the question allows.
 
-In: records and a `Rendering`. Out: whether a record fits, or its exact length by `mmllm_core.conversation.render`.
-Does not know files.
+In: records and a `Rendering`. Out: whether a record fits, or its exact length. Does not know files.
+
+Lengths are those of `mmllm_core.conversation.render`, which tokenizes scaffold and contents apart. The scaffold depends
+on the roles alone and is rendered once for each order of roles; contents are cut by the renderer's own functions and
+tokenized many at once, which takes a third of the time. A test holds the two equal.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mmllm_core.conversation import Message, Rendered, Role, render
+from mmllm_core.conversation import Message, Role, control_tokens, render, text_pieces, text_runs
 from mmllm_core.data.record import Fault, FaultKind, Record, messages_of
 from mmllm_core.errors import ConversationError
 
-_UNLIMITED = 1 << 40
 _SPLITTERS = {"ByteLevel", "Split", "Digits", "Metaspace"}
 """Pre-tokenizers that cut a text and change no byte of it."""
 
@@ -30,75 +34,95 @@ class Rendering:
     max_length: int
 
 
-class LengthBound:
-    """An upper bound of a record's length, from the bytes of its texts.
+class LengthCounter:
+    """Counts the positions of records.
 
-    `render` tokenizes scaffold and contents apart. The scaffold depends on the roles alone, so it is rendered once for
-    each order of roles that occurs. A content's tokens are never more than its UTF-8 bytes: with byte-level BPE, and
-    with SentencePiece and byte fallback, a token spells at least one byte. A tokenizer that sets a space before each
-    piece of text may add a token to each piece, and `render` cuts a text into at most as many pieces as it has bytes:
-    twice the bytes bound it. Tokenizers with any other normalizer may lengthen a text, and have no bound here.
+    Args:
+        rendering: whose tokenizer is loaded.
     """
 
     def __init__(self, rendering: Rendering):
-        self._rendering = rendering
-        self._tokens_a_byte = _tokens_a_byte(load_cached(rendering.tokenizer))
-        self._scaffolds: dict[tuple[Role, ...], int | None] = {}
+        from mmllm_core.language import load_tokenizer
 
-    def fits(self, record: Record) -> bool:
-        """True if the record surely renders to at most `max_length` positions; False says nothing."""
+        self._rendering = rendering
+        self._tokenizer: Any = load_tokenizer(rendering.tokenizer)
+        self._control = control_tokens(self._tokenizer)
+        self._tokens_a_byte = _tokens_a_byte(self._tokenizer)
+        self._scaffolds: dict[tuple[Role, ...], int | Fault] = {}
+
+    def surely_fits(self, record: Record) -> bool:
+        """True if the record renders to at most `max_length` positions, by the bytes of its texts; False says nothing.
+
+        A content's tokens are never more than its UTF-8 bytes: with byte-level BPE, and with SentencePiece and byte
+        fallback, a token spells at least one byte. A tokenizer that sets a space before each piece of text may add a
+        token to each, and a text is cut into at most as many pieces as it has bytes: twice the bytes bound it. A
+        tokenizer with any other normalizer may lengthen a text and has no bound here.
+        """
         scaffold = self._scaffold(record)
-        if self._tokens_a_byte is None or scaffold is None:
+        if self._tokens_a_byte is None or isinstance(scaffold, Fault):
             return False
+        # Between the parts of a turn stands a newline where the file had at least a placeholder's bytes.
         n_bytes = sum(_utf8_length(turn.text) for turn in record.turns)
-        # Between the parts of a turn, render sets a newline where the file had at least one placeholder's bytes.
         images = self._rendering.n_image_tokens * len(record.images)
         return scaffold + self._tokens_a_byte * n_bytes + images <= self._rendering.max_length
 
-    def _scaffold(self, record: Record) -> int | None:
-        """Tokens around the contents; None where the template refuses such an order of roles."""
+    def faults(self, records: Sequence[Record]) -> list[Fault | None]:
+        """Why each record does not fit, if it does not; tokenizes its contents."""
+        pieces = [
+            [
+                piece
+                for message in messages_of(record)
+                for run in text_runs(message)
+                if run
+                for piece in text_pieces(run, self._control)
+            ]
+            for record in records
+        ]
+        counts = iter(self._count([piece for of_record in pieces for piece in of_record]))
+        contents = [sum(islice(counts, len(of_record))) for of_record in pieces]
+        return [self._fault(record, n) for record, n in zip(records, contents, strict=True)]
+
+    def _fault(self, record: Record, n_content: int) -> Fault | None:
+        scaffold = self._scaffold(record)
+        if isinstance(scaffold, Fault):
+            return scaffold
+        length = scaffold + n_content + self._rendering.n_image_tokens * len(record.images)
+        if length <= self._rendering.max_length:
+            return None
+        return Fault(
+            FaultKind.OVER_LONG,
+            f"takes {length} tokens, images included, and at most {self._rendering.max_length} fit",
+        )
+
+    def _count(self, texts: list[str]) -> list[int]:
+        if not self._tokenizer.is_fast:
+            return [len(self._tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        encoded = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [len(encoding) for encoding in encoded]
+
+    def _scaffold(self, record: Record) -> int | Fault:
+        """Tokens around the contents, or why the template refuses such an order of roles."""
         roles = tuple(turn.role for turn in record.turns)
         if roles not in self._scaffolds:
-            tokenizer = load_cached(self._rendering.tokenizer)
-            found = _rendered(tuple(Message.text(role, "x") for role in roles), tokenizer, self._rendering)
-            contents = len(tokenizer("x", add_special_tokens=False).input_ids) * len(roles)
-            self._scaffolds[roles] = None if isinstance(found, Fault) else len(found.input_ids) - contents
+            contents = sum(self._count(["x"] * len(roles)))
+            try:
+                rendered = render(
+                    [Message.text(role, "x") for role in roles],
+                    self._tokenizer,
+                    n_image_tokens=self._rendering.n_image_tokens,
+                    max_length=sys.maxsize,
+                    generation_prompt=False,
+                )
+                self._scaffolds[roles] = len(rendered.input_ids) - contents
+            except ConversationError as error:
+                self._scaffolds[roles] = Fault(FaultKind.NOT_RENDERED, str(error))
         return self._scaffolds[roles]
 
 
-def length_faults(records: Sequence[Record], rendering: Rendering) -> list[Fault | None]:
-    """Render each record and say whether it is too long, or cannot be rendered."""
-    tokenizer = load_cached(rendering.tokenizer)
-    faults: list[Fault | None] = []
-    for record in records:
-        found = _rendered(messages_of(record), tokenizer, rendering)
-        if isinstance(found, Rendered) and len(found.input_ids) > rendering.max_length:
-            detail = f"takes {len(found.input_ids)} tokens, images included, and at most {rendering.max_length} fit"
-            faults.append(Fault(FaultKind.OVER_LONG, detail))
-        else:
-            faults.append(found if isinstance(found, Fault) else None)
-    return faults
-
-
 @lru_cache(maxsize=1)
-def load_cached(folder: Path) -> Any:
-    """A tokenizer; a process that checks many batches loads it once."""
-    from mmllm_core.language import load_tokenizer
-
-    return load_tokenizer(folder)
-
-
-def _rendered(messages: tuple[Message, ...], tokenizer: Any, rendering: Rendering) -> Rendered | Fault:
-    try:
-        return render(
-            messages,
-            tokenizer,
-            n_image_tokens=rendering.n_image_tokens,
-            max_length=_UNLIMITED,
-            generation_prompt=False,
-        )
-    except ConversationError as error:
-        return Fault(FaultKind.NOT_RENDERED, str(error))
+def counter(rendering: Rendering) -> LengthCounter:
+    """The counter of this process: its tokenizer is loaded once for all batches."""
+    return LengthCounter(rendering)
 
 
 def _utf8_length(text: str) -> int:
