@@ -162,10 +162,8 @@ def _print_samples(file: Path, rendering: "Rendering", n: int) -> None:
         console.rule(Text(_plain(title)), align="left")
         text = Text()
         for piece, supervised in shown_pieces(rendered, tokenizer):
-            marked = (
-                f"\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}{piece}\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}"
-            )
-            text.append(marked if supervised and not coloured else piece, "bold green" if supervised else "dim")
+            marked = f"«{piece}»" if supervised and not coloured else piece
+            text.append(marked, "bold green" if supervised else "dim")
         console.print(text)
 
 

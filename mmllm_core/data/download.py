@@ -19,7 +19,6 @@ from mmllm_core.vision import file_sha256
 if TYPE_CHECKING:
     import httpx
 
-_CHUNK = 1 << 20
 _TRIES = 5
 """Times in a row that a connection may fail without bringing a byte."""
 
@@ -116,7 +115,7 @@ def _fetch_rest(client: "httpx.Client", url: str, partial: Path, progress: Progr
         validator = _strong_validator(response.headers)
         _state(partial).write_text(json.dumps({"url": url, "validator": validator}), encoding="utf-8")
         with partial.open("ab" if resumed else "wb") as stream:
-            for chunk in response.iter_bytes(_CHUNK):
+            for chunk in response.iter_bytes():  # as they arrive: what waits in a buffer is lost with the connection
                 stream.write(chunk)
                 here += len(chunk)
                 progress(here, total)
