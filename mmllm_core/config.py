@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mmllm_core.errors import ConfigError
 
@@ -161,6 +161,80 @@ class Profile(StrictModel):
     """A LLaVA checkpoint in Hugging Face format that can be imported and served without training."""
 
 
+# --- what is learned from ----------------------------------------------------------------------------
+
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+"""Workers of a cluster may run in other folders than the command did."""
+
+
+class EasyVqaData(StrictModel):
+    """easy-VQA's training questions, several about one image a conversation."""
+
+    dataset: Literal["easy-vqa"] = "easy-vqa"
+    weight: float = Field(default=1.0, gt=0)
+    questions_per_image: int = Field(default=8, gt=0)
+    caption_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of conversations that open by asking for a caption."""
+    balance_kinds: bool = True
+    """Draw yes/no, shape and colour questions equally often instead of as they come."""
+
+    @property
+    def label(self) -> str:
+        """What sample ids and data hashes call the source."""
+        return self.dataset
+
+
+class FileData(StrictModel):
+    """What every source that is one file of conversations says."""
+
+    file: AbsolutePath
+    weight: float = Field(default=1.0, gt=0)
+    name: str | None = Field(default=None, pattern=r"^[^/\s]+$")
+    """What sample ids and data hashes call the source; the file's name without its ending if it is not given."""
+
+    @property
+    def label(self) -> str:
+        """What sample ids and data hashes call the source."""
+        return self.name or self.file.stem
+
+
+class LlavaData(FileData):
+    """A file in LLaVA's format, e.g. LLaVA-Instruct-150K; `mmllm_core.data.llava` describes it."""
+
+    dataset: Literal["llava"] = "llava"
+    images: AbsolutePath | None = None
+    """Folder that the file's image names start from; the file's own folder if it is not given."""
+
+    @property
+    def images_folder(self) -> Path:
+        """Folder that the file's image names start from."""
+        return self.images or self.file.parent
+
+
+class ChatData(FileData):
+    """Text conversations, one a line; `mmllm_core.data.text` describes the format."""
+
+    dataset: Literal["chat"] = "chat"
+
+
+DataSource = Annotated[EasyVqaData | LlavaData | ChatData, Field(discriminator="dataset")]
+
+
+class DataConfig(StrictModel):
+    """Where training conversations come from, mixed in proportion to the sources' weights."""
+
+    sources: tuple[DataSource, ...] = Field(default=(EasyVqaData(),), min_length=1)
+    streaming: bool = False
+    """Read files anew each epoch, shuffled within a buffer, instead of from a memory-mapped copy of their rows."""
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> "DataConfig":
+        labels = [source.label for source in self.sources]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"two sources are called '{twice[0]}': give one of them another 'name'")
+        return self
+
+
 # --- training ---------------------------------------------------------------------------------------
 
 
@@ -184,17 +258,6 @@ class ClipRecipe(StrictModel):
     seed: int = 0
 
 
-class DataMix(StrictModel):
-    """How the questions of a dataset become training conversations."""
-
-    dataset: Literal["easy-vqa"] = "easy-vqa"
-    questions_per_image: int = Field(default=8, gt=0)
-    caption_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of conversations that open by asking for a caption."""
-    balance_kinds: bool = True
-    """Draw yes/no, shape and colour questions equally often instead of as they come."""
-
-
 class BatchingConfig(StrictModel):
     """How conversations share batches, so that little is spent on padding."""
 
@@ -213,7 +276,7 @@ class Recipe(StrictModel):
     name: str
     profile: str
     stage: Literal["align", "instruct"]
-    data: DataMix = DataMix()
+    data: DataConfig = DataConfig()
     steps: int = Field(gt=0)
     word_alignment_steps: int = Field(default=0, ge=0)
     """Steps that first put images near their captions' words, without the LM (`mmllm_core.word_alignment`)."""

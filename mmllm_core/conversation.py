@@ -113,7 +113,7 @@ def render(
         if i < len(order):
             message = messages[order[i]]
             answered = message.role == "assistant"
-            spans += _content_spans(message, control, "yes" if answered else "no")
+            spans += _content_spans(message, control.spelled, "yes" if answered else "no")
 
     input_ids: list[int] = []
     labels: list[int] = []
@@ -173,6 +173,39 @@ def _control_of(tokenizer: "PreTrainedTokenizerBase") -> _Control:
     return known
 
 
+def text_runs(message: Message) -> list[str]:
+    """The texts before, between and after a turn's images: one more than images, each perhaps empty.
+
+    Parts stand on lines of their own, as `<image>\\nquestion` in LLaVA.
+    """
+    runs = [""]
+    for i, part in enumerate(p for p in message.parts if isinstance(p, ImagePart) or _part_text(p)):
+        if i > 0:
+            runs[-1] += "\n"
+        if isinstance(part, ImagePart):
+            runs.append("")
+        else:
+            runs[-1] += _part_text(part)
+    return runs
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
+    """Finds where a text spells one of the tokenizer's control tokens; None if there are none."""
+    return _control_of(tokenizer).spelled
+
+
+def text_pieces(text: str, control: re.Pattern[str] | None) -> list[str]:
+    """Cut typed text after the first character of each control token that it spells; the pieces are tokenized apart.
+
+    transformers' `split_special_tokens` would leave tokens such as Phi-4's `<|tool|>` whole, which are not marked as
+    special, and it is a switch on the tokenizer itself: threads that render at once would flip it for each other.
+    """
+    if not text:
+        return []
+    cuts = [match.start() + 1 for match in control.finditer(text)] if control else []
+    return [text[at:end] for at, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
 def _check_turns(messages: Sequence[Message]) -> None:
     if not messages:
         raise ConversationError("the conversation has no messages", "messages")
@@ -201,38 +234,19 @@ def _scaffold(
     return pieces[0::2], order
 
 
-def _content_spans(message: Message, control: _Control, supervised: Literal["no", "yes"]) -> Iterator[_Span]:
-    """A turn's content; parts stand on lines of their own, as `<image>\\nquestion` in LLaVA."""
-    run = ""
-    for i, part in enumerate(p for p in message.parts if isinstance(p, ImagePart) or _part_text(p)):
+def _content_spans(
+    message: Message, control: re.Pattern[str] | None, supervised: Literal["no", "yes"]
+) -> Iterator[_Span]:
+    for i, run in enumerate(text_runs(message)):
         if i > 0:
-            run += "\n"
-        if isinstance(part, ImagePart):
-            yield from (_Span(piece, supervised) for piece in _cut(run, control))
             yield _Span(None, "no")
-            run = ""
-        else:
-            run += _part_text(part)
-    yield from (_Span(piece, supervised) for piece in _cut(run, control))
+        yield from (_Span(piece, supervised) for piece in text_pieces(run, control))
 
 
 def _part_text(part: TextPart | SpeechPart | ImagePart) -> str:
     if isinstance(part, TextPart):
         return part.text.strip()
     return part.transcript.strip() if isinstance(part, SpeechPart) else ""
-
-
-def _cut(text: str, control: _Control) -> list[str]:
-    """Pieces of text that was typed, to be tokenized apart: whatever it spells, no control token is among the ids.
-
-    Text is cut after the first character of each control token that it spells.
-    transformers' `split_special_tokens` would leave tokens such as Phi-4's `<|tool|>` whole, which are not marked as
-    special, and it is a switch on the tokenizer itself: threads that render at once would flip it for each other.
-    """
-    if not text:
-        return []
-    cuts = [match.start() + 1 for match in control.spelled.finditer(text)] if control.spelled else []
-    return [text[at:end] for at, end in itertools.pairwise([0, *cuts, len(text)])]
 
 
 def _tokenize(spans: Sequence[_Span], tokenizer: "PreTrainedTokenizerBase", n_image_tokens: int) -> Iterator[list[int]]:

@@ -16,6 +16,10 @@ class WeightsError(MmllmError):
     """Weights or data that could not be fetched, verified or opened."""
 
 
+class DataError(MmllmError):
+    """A file of training conversations that cannot be used as it stands."""
+
+
 class BundleError(MmllmError):
     """A bundle that is missing, incomplete or altered."""
 

@@ -14,6 +14,7 @@ from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
 from mmllm_core.config import Recipe, parse_overrides
 from mmllm_core.connectors import LmShape
 from mmllm_core.data import easy_vqa
+from mmllm_core.data.mixture import data_hashes, training_samples
 from mmllm_core.errors import BundleError, TrainingError
 from mmllm_core.evaluation.accuracy import Scores, scores_from_json
 from mmllm_core.evaluation.plots import plot_accuracy, plot_loss
@@ -41,21 +42,24 @@ class TrainedRun:
 
 
 def train(recipe: Recipe) -> TrainedRun:
-    """Train one stage, or reuse the bundle that an equal recipe and equal features made before.
+    """Train one stage, or reuse the bundle that an equal recipe, equal features and equal data made before.
 
     Raises:
         TrainingError: a worker failed; the message is the cause's own.
         EnvironmentLack: no compiler, no space, too few CPUs.
         WeightsError: weights that the profile names cannot be had.
+        DataError: a file that the recipe names cannot be learned from.
     """
     profile = load_profile(recipe.profile)
     folder = home() / "runs" / recipe.name
     vision_weights = resolve(profile.vision.source)
     encoder = ClipEncoder(profile.vision, vision_weights)
-    if (finished := _finished_run(recipe, encoder.fingerprint, folder)) is not None:
+    hashes = data_hashes(recipe.data)
+    if (finished := _finished_run(recipe, encoder.fingerprint, hashes, folder)) is not None:
         return finished
     language_weights = resolve(profile.language.source)
     data = easy_vqa.fetch()
+    next(training_samples(recipe.data, recipe.seed))  # files are checked and converted before any worker starts
     gpu = has_gpus(recipe.workers)
     if not gpu:
         build_ops()
@@ -88,7 +92,7 @@ def train(recipe: Recipe) -> TrainedRun:
             n_patches=encoder.n_patches,
             feature_fingerprint=encoder.fingerprint,
             recipe=recipe.model_dump(mode="json"),
-            data={"easy-vqa": easy_vqa.SOURCE.sha256},
+            data=hashes,
             metrics=result.metrics,
         )
         bundle = save_bundle(
@@ -102,12 +106,13 @@ def train(recipe: Recipe) -> TrainedRun:
     return run
 
 
-def _finished_run(recipe: Recipe, fingerprint: str, folder: Path) -> TrainedRun | None:
+def _finished_run(recipe: Recipe, fingerprint: str, hashes: dict[str, str], folder: Path) -> TrainedRun | None:
     try:
         bundle = Bundle.open(bundles_folder() / recipe.name)
     except BundleError:
         return None
-    same = bundle.info.recipe == recipe.model_dump(mode="json") and bundle.info.feature_fingerprint == fingerprint
+    made_from = (bundle.info.recipe, bundle.info.feature_fingerprint, bundle.info.data)
+    same = made_from == (recipe.model_dump(mode="json"), fingerprint, hashes)
     return _read_run(bundle, folder) if same else None
 
 

@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,7 @@ import ray.train
 from mmllm_core.config import ConnectorConfig, Profile, Recipe
 from mmllm_core.conversation import Message, Rendered, render
 from mmllm_core.data import easy_vqa
+from mmllm_core.data.mixture import training_samples
 from mmllm_core.errors import TrainingError
 from train_jobs.launch import worker_device
 from train_jobs.progress import MetricsLog, Stopwatch
@@ -81,7 +81,7 @@ def train_loop(values: dict[str, Any]) -> None:
         max_length=profile.language.context_length,
         generation_prompt=False,
     )
-    batches = _batches(recipe, Path(config.data), features, rendering, rank, world)
+    batches = _batches(recipe, features, rendering, rank, world)
     watch = Stopwatch()
     for step in range(recipe.steps):
         batch = next(batches)
@@ -251,16 +251,15 @@ def _step(engine: Any, batch: "Batch", world: int) -> float:
 
 def _batches(
     recipe: Recipe,
-    data: Path,
     features: StoredFeatures,
     rendering: Callable[[Sequence[Message]], Rendered],
     rank: int,
     world: int,
 ) -> Iterator["Batch"]:
-    """This worker's batches: every worker walks the same stream and takes each world-th conversation."""
+    """This worker's batches: of the one stream, each world-th conversation is its own."""
     from mmllm_core.data.batching import Encoded, batches
 
-    share = islice(easy_vqa.training_samples(data, recipe.data, recipe.seed), rank, None, world)
+    share = training_samples(recipe.data, recipe.seed, start=rank, step=world)
     encoded = (Encoded(rendering(s.messages), tuple(features(image) for image in s.images)) for s in share)
     return batches(encoded, recipe.batching, micro_batch=recipe.micro_batch, seed=recipe.seed)
 

