@@ -1,5 +1,6 @@
 """The jobs for real, small: Ray Train, DeepSpeed ZeRO-2, NF4 and LoRA on two CPU workers; real data, tiny models."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,29 @@ def test_evaluating_without_stored_features_says_how_to_make_them(
     with pytest.raises(TrainingError, match="mmllm embed") as caught:
         evaluate(run.bundle, limit=4, workers=1)
     assert "\n" not in str(caught.value)
+
+
+def test_images_and_text_train_together_packed_and_through_cross_attention(
+    run: TrainedRun, profile: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    chat = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "What is a circle?"}, {"role": "assistant", "content": "A round shape."}]
+    chat.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)))
+    looking = tmp_path / "looking.yaml"
+    connector = {"kind": "cross_attention", "every_k_layers": 1, "n_queries": 4}
+    looking.write_text(yaml.safe_dump(yaml.safe_load(profile.read_text()) | {"connector": connector}))
+    sources = [{"dataset": "easy-vqa"}, {"dataset": "chat", "file": str(chat)}]
+    batching = {"grouping": "modality", "pack_tokens": 512, "window": 4}
+    mixed = recipe(looking, name="mixed", data={"sources": sources}, batching=batching, word_alignment_steps=0)
+
+    bundle = train(mixed).bundle
+    assert bundle.info.data.keys() == {"easy-vqa", "chat"}
+    gates = [t for n, t in load_file(bundle.folder / "connector.safetensors").items() if n.endswith("_gate")]
+    assert len(gates) == 4
+    assert all(gate.abs() > 0 for gate in gates), "the LM has begun to look"
+    assert bundle.load_model().connector.n_tokens(bundle.info.n_patches) == 1
 
 
 def _save_tiny_lm(tokenizer_folder: Path, folder: Path) -> None:
