@@ -194,7 +194,9 @@ def _bundle_for(profile: str, folder: Path | None) -> "Bundle":
     from mmllm_core.interop.llava import import_llava
 
     with console.status(f"importing {checkpoint.repo}, once"):
-        return import_llava(resolve(checkpoint), profile=load_profile(profile), name=name, make_latest=False)
+        return import_llava(
+            resolve(checkpoint), profile=load_profile(profile), name=name, source=checkpoint, make_latest=False
+        )
 
 
 if __name__ == "__main__":

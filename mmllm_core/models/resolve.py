@@ -47,7 +47,8 @@ def _fetch_from_hub(source: HubSource) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "model.bin"]  # model.bin: CTranslate2
+    # model.bin: CTranslate2; README.md: names the licence
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "model.bin", "README.md"]
     try:
         return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
