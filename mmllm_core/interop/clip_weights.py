@@ -174,7 +174,9 @@ def _vision_config(model_cfg: Mapping[str, Any]) -> "CLIPVisionConfig":
     cfg = usual | dict(given)
     norm = cfg["norm_kwargs"] or {}
     if not isinstance(cfg["layers"], int) or norm.keys() - {"eps"}:
-        raise ExportError("the vision tower is not CLIP's ViT: a CLIPVisionModel has one stack of blocks and plain norms")
+        raise ExportError(
+            "the vision tower is not CLIP's ViT: a CLIPVisionModel has one stack of blocks and plain norms"
+        )
     return CLIPVisionConfig(
         hidden_size=cfg["width"],
         intermediate_size=int(cfg["width"] * cfg["mlp_ratio"]),
