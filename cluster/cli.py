@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.interop_commands import export, importing
 from cluster.local import quieten
 from mmllm_core.errors import MmllmError
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from mmllm_core.bundle import Bundle
 
 app = typer.Typer(help="CLIP sees, Whisper hears, a Phi model answers.", no_args_is_help=True, add_completion=False)
+app.add_typer(importing, name="import")
+app.command()(export)
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]

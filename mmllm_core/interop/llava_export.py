@@ -83,9 +83,8 @@ def _check_expressible(bundle: Bundle) -> None:
     if language.model_type == "phi":
         raise ExportError(f"bundle '{name}': its LM is phi-2, whose head has a bias, and LLaVA's has none")
     if language.model_type not in LANGUAGE_TYPES:
-        raise ExportError(
-            f"bundle '{name}': its LM is '{language.model_type}' and only {' and '.join(LANGUAGE_TYPES)} can be exported"
-        )
+        known = " and ".join(LANGUAGE_TYPES)
+        raise ExportError(f"bundle '{name}': its LM is '{language.model_type}' and only {known} can be exported")
 
 
 def _llava_config(

@@ -81,13 +81,11 @@ def _require_equal_ids(processor: Any, tokenizer: "PreTrainedTokenizerBase") -> 
     tried = 0
     for conversation in _conversations(tokenizer):
         try:
-            ids = render(
-                conversation, tokenizer, n_image_tokens=2, max_length=100_000, generation_prompt=True
-            ).input_ids
+            rendered = render(conversation, tokenizer, n_image_tokens=2, max_length=100_000, generation_prompt=True)
         except ConversationError:
             continue  # a template without system messages, say
         tried += 1
-        ours = [processor.image_token_id if token == IMAGE_TOKEN_ID else token for token in ids]
+        ours = [processor.image_token_id if token == IMAGE_TOKEN_ID else token for token in rendered.input_ids]
         theirs = processor_ids(processor, conversation, 2)
         if ours != theirs:
             at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), len(ours))
