@@ -59,12 +59,16 @@ def merge_language_model(
         ExportError: an adapter that cannot be merged.
     """
     adapter = bundle.folder / "adapter" / "adapter_model.safetensors"
-    record = MergedAdapter(
-        bundle=bundle.info.name,
-        adapter_sha256=file_sha256(adapter) if adapter.is_file() else None,
-        quantization=bundle.profile.language.quantization,
-        dtype=dtype or bundle.profile.language.dtype,
-    )
+    dtype = dtype or bundle.profile.language.dtype
+    if bundle.info.merged:  # there is nothing left to merge, and what was merged is still worth telling
+        record = bundle.info.merged.model_copy(update={"dtype": dtype})
+    else:
+        record = MergedAdapter(
+            bundle=bundle.info.name,
+            adapter_sha256=file_sha256(adapter) if adapter.is_file() else None,
+            quantization=bundle.profile.language.quantization,
+            dtype=dtype,
+        )
     return merge_adapter(lm, getattr(torch, record.dtype)), record
 
 

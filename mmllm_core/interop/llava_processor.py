@@ -92,7 +92,7 @@ def _require_equal_ids(processor: Any, tokenizer: "PreTrainedTokenizerBase") -> 
             found = [tokenizer.decode(some[max(0, at - 2) : at + 3]) for some in (ours, theirs)]
             raise ExportError(
                 f"the chat template cannot be exported exactly: a processor tokenizes {found[1]!r} otherwise than this "
-                f"model was trained on ({found[0]!r}); export with inexact ids to accept that"
+                f"model was trained on ({found[0]!r}); --inexact-ids (exact_ids=False) accepts that"
             )
     if not tried:
         raise ExportError("the chat template renders no conversation")

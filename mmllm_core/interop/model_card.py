@@ -140,6 +140,8 @@ def _parts_table(bundle: Bundle, format_: ExportFormat, origins: dict[str, Origi
 
 
 def _merging(merged: MergedAdapter) -> Iterator[str]:
+    if merged.quantization == "none" and merged.adapter_sha256 is None:
+        return
     adapter = f"adapter with sha256 `{merged.adapter_sha256}`" if merged.adapter_sha256 else "no adapter"
     yield (
         f"## Merging\n\nThe LM of bundle '{merged.bundle}' was held in {merged.quantization} quantization, with "

@@ -43,6 +43,15 @@ def test_a_merged_bundle_records_what_was_merged_and_how(make_bundle: Any) -> No
     assert bundle.info.merged is None
 
 
+def test_what_was_merged_is_told_of_exports_of_the_merged_bundle_too(make_bundle: Any, tmp_path: Path) -> None:
+    bundle = make_bundle(quantization="nf4")
+    merged = export_merged_bundle(bundle, "merged")
+    export_llava(merged, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "nf4 quantization" in card
+    assert file_sha256(bundle.folder / "adapter" / "adapter_model.safetensors") in card
+
+
 def test_a_merged_bundle_keeps_the_last_bundle_the_last(make_bundle: Any) -> None:
     bundle = make_bundle()
     export_merged_bundle(bundle, "merged")

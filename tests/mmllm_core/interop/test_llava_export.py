@@ -28,6 +28,16 @@ PHI2 = (
     "{% if add_generation_prompt %}{{ 'Output: ' }}{% endif %}"
 )
 
+PHI4_MINI = {
+    "template": "phi4",
+    "tie_word_embeddings": True,
+    "partial_rotary_factor": 0.75,
+    "max_position_embeddings": 1024,
+    "original_max_position_embeddings": 64,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.5] * 6},
+}
+"""What is special in Phi-4-mini: tied embeddings, and rotary frequencies that cover a part and change with length."""
+
 
 def picture(width: int = 40, height: int = 48) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
@@ -119,8 +129,9 @@ def test_a_bfloat16_bundle_is_exported_in_bfloat16_or_as_asked(make_bundle: Any,
         {"tie_word_embeddings": True, "lm": "llama", "quantization": "nf4"},
         {"vocab_size": 295},
         {"vocab_size": 295, "tie_word_embeddings": True},
+        PHI4_MINI,
     ],
-    ids=["no adapter", "no bias", "tied", "tied and quantized", "no spare row", "no spare row and tied"],
+    ids=["no adapter", "no bias", "tied", "tied and quantized", "no spare row", "no spare row and tied", "Phi-4-mini"],
 )
 def test_every_layout_of_a_bundle_is_exported(options: dict[str, Any], make_bundle: Any, tmp_path: Path) -> None:
     assert_exported_alike(make_bundle(**options), tmp_path / "export")
@@ -195,6 +206,15 @@ async def answer(engine: TransformersEngine, embeddings: Tensor) -> list[int]:
     return ids
 
 
+def test_the_usual_processor_gives_the_same_logits_where_nothing_is_resized(make_bundle: Any, tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    bundle = make_bundle()
+    model, _ = exported(bundle, tmp_path / "export")
+    expected, found = logits_of_both(bundle, model, AutoProcessor.from_pretrained(tmp_path / "export"), picture(32, 32))
+    assert (expected - found).abs().max() < 1e-4
+
+
 def test_answers_end_where_the_engine_ends_them(make_bundle: Any, tmp_path: Path) -> None:
     bundle = make_bundle()
     model, _ = exported(bundle, tmp_path / "export")
@@ -239,7 +259,7 @@ def test_every_file_is_safetensors_or_text(make_bundle: Any, tmp_path: Path) -> 
         ({"connector": ConnectorConfig(input_norm=True)}, "input_norm"),
         ({"merge": 2}, "2x2 patches"),
         ({"lm": "phi"}, "phi-2, whose head has a bias"),
-        ({"template": PHI2}, "inexact ids"),
+        ({"template": PHI2}, "--inexact-ids"),
     ],
     ids=["input norm", "merged patches", "phi-2", "template"],
 )
