@@ -34,7 +34,7 @@ def sentencepiece() -> Any:
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    texts = ["USER: What colour is it?", "ASSISTANT: It is blue.\n", "Instruct: why? 3 + 4 = 7 Hello Blue", "\n\n()#!-été"]
+    texts = ["USER: What colour is it?", "ASSISTANT: It is blue.\n", "Hello why? 3 + 4 = 7", "\n\n()#!-été"]
     trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     backend.train_from_iterator(texts, trainer)
     for token in ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"):

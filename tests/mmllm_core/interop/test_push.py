@@ -14,6 +14,8 @@ import pytest
 from mmllm_core.errors import ExportError
 from mmllm_core.interop.push import ensure_repository, push_folder
 
+COMMIT = "https://huggingface.co/me/model/commit/1"
+
 
 class Hub(BaseHTTPRequestHandler):
     """Takes repositories and commits of small files; answers `refusal` to everything where it is set."""
@@ -39,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     type(self).files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self.answer({"commitUrl": "https://huggingface.co/me/model/commit/1", "commitOid": "1", "pullRequestUrl": None})
+            self.answer({"commitUrl": COMMIT, "commitOid": "1", "pullRequestUrl": None})
         else:  # the check of a model card's header
             self.answer({"warnings": [], "errors": []})
 
@@ -85,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_arrives_whole_in_a_private_repository(hub: Any, folder: Path) -> None:
     ensure_repository("me/model")
-    assert push_folder(folder, "me/model") == "https://huggingface.co/me/model/commit/1"
+    assert push_folder(folder, "me/model") == COMMIT
     assert hub.repositories == {"me/model": "private"}
     assert hub.files["config.json"] == b"{}"
     assert hub.files["README.md"] == (folder / "README.md").read_bytes()
