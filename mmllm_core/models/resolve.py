@@ -74,12 +74,12 @@ def _fetch_from_hub(source: HubSource) -> Path:
 
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import httpx  # the client it uses itself, which is not everywhere the same
 
     try:
         yield
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.TransportError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.TransportError, OSError) as error:
         raise WeightsError(
             f"{repo}: cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
             "check the name and the network, or log in with 'hf auth login' if the repository is gated"

@@ -245,6 +245,14 @@ def test_what_was_imported_exports_again_with_equal_tensors(checkpoint: Any, pro
         assert torch.equal(state[name], tensor), name
 
 
+def test_a_large_export_is_written_in_several_shards(
+    make_bundle: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmllm_core.interop.shards.SHARD_BYTES", 50_000)
+    assert_exported_alike(make_bundle(), tmp_path / "export")
+    assert len(list((tmp_path / "export").glob("*.safetensors"))) > 3
+
+
 def test_every_file_is_safetensors_or_text(make_bundle: Any, tmp_path: Path) -> None:
     exported(make_bundle(), tmp_path / "export")
     suffixes = {path.suffix for path in (tmp_path / "export").iterdir()}

@@ -29,6 +29,21 @@ def test_the_header_survives_a_round_trip_through_the_hubs_own_reader(make_bundl
     assert ModelCard(str(card)).data.to_dict() == data
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_code_that_a_card_shows_runs_as_it_stands(
+    dtype: str, make_bundle: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    export_llava(make_bundle(quantization="nf4", dtype=dtype), tmp_path / "out")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "picture.png")
+    code = ModelCard.load(tmp_path / "out" / "README.md").text.split("```python\n")[1].split("```")[0]
+    exec(
+        code.replace("FOLDER_OR_REPO", str(tmp_path / "out")).replace("picture.png", str(tmp_path / "picture.png")), {}
+    )
+    assert capsys.readouterr().out.strip()
+
+
 def test_the_text_says_parts_data_recipe_metrics_versions_and_the_merge(make_bundle: Any) -> None:
     bundle = make_bundle(quantization="nf4")
     merged = export_merged_bundle(bundle, "merged")

@@ -46,7 +46,7 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"warnings": [], "errors": []})
 
     def do_GET(self) -> None:
-        self.answer({"sha": "1" * 40, "siblings": []}, self.refusal or 200)
+        self.answer({"id": "owner/model", "sha": "1" * 40, "siblings": []}, self.refusal or 200)
 
     def answer(self, values: dict[str, Any], status: int = 200) -> None:
         body = json.dumps(values).encode()
