@@ -42,8 +42,9 @@ print(processor.decode(new, skip_special_tokens=True))
 ```
 
 `backend="pil"` gives the very pixels that the model was trained on; torchvision's differ by less than one of 256 steps
-where a picture is resized. mmllm runs CLIP in float32: `dtype=torch.float32` does too. An image goes on a line of its own before the question, as in training. Text that spells a
-control token is text to mmllm and a control token to this processor: clean what strangers send.""",
+where a picture is resized. mmllm runs CLIP in float32: `dtype=torch.float32` does too. An image goes on a line of its
+own before the question, as in training. Text that spells a control token is text to mmllm and a control token to this
+processor: clean what strangers send.""",
     "merged-lm": """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
