@@ -54,7 +54,7 @@ def write_llava(bundle: Bundle, folder: Path, *, dtype: Dtype | None = None, exa
     model = bundle.load_model()
     connector = {name: tensor.cpu() for name, tensor in model.connector.state_dict().items()}
     lm, record = merge_language_model(bundle, model.lm, dtype)
-    config = _llava_config(bundle, tower, lm, processor)
+    config = _llava_config(bundle, tower, lm, processor, bias="linear_1.bias" in connector)
     config.save_pretrained(folder)
     _write_generation_config(lm, bundle, folder)
     processor.save_pretrained(folder)
@@ -67,9 +67,10 @@ def _check_expressible(bundle: Bundle) -> None:
     from transformers import AutoConfig
 
     name, profile = bundle.info.name, bundle.profile
-    if profile.connector.kind != "mlp":
-        raise ExportError(f"bundle '{name}': its connector is '{profile.connector.kind}' and LLaVA's is an mlp")
-    if profile.connector.input_norm:
+    connector = profile.connector
+    if connector.kind != "mlp":
+        raise ExportError(f"bundle '{name}': its connector is '{connector.kind}' and LLaVA's is an mlp")
+    if connector.input_norm:
         raise ExportError(
             f"bundle '{name}': its connector normalises features (input_norm), which depends on each feature and so "
             "cannot be folded into the linear layers that LLaVA has: train with 'connector.input_norm: false'"
@@ -88,7 +89,7 @@ def _check_expressible(bundle: Bundle) -> None:
 
 
 def _llava_config(
-    bundle: Bundle, tower: HuggingFaceTower, lm: "PreTrainedModel", processor: "LlavaProcessor"
+    bundle: Bundle, tower: HuggingFaceTower, lm: "PreTrainedModel", processor: "LlavaProcessor", *, bias: bool
 ) -> "LlavaConfig":
     from transformers import LlavaConfig
 
@@ -103,7 +104,7 @@ def _llava_config(
         image_token_index=processor.image_token_id,
         image_seq_length=bundle.info.n_patches,
         projector_hidden_act="gelu",
-        multimodal_projector_bias=bundle.profile.connector.bias,
+        multimodal_projector_bias=bias,
         vision_feature_layer=vision.feature_layer,
         vision_feature_select_strategy="full" if vision.cls_token else "default",
         tie_word_embeddings=bool(text["tie_word_embeddings"]),
