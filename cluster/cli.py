@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.data_commands import data
+from cluster.interop_commands import export, importing
 from cluster.local import quieten
 from mmllm_core.errors import MmllmError
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="CLIP sees, Whisper hears, a Phi model answers.", no_args_is_help=True, add_completion=False)
 app.add_typer(data, name="data")
+app.add_typer(importing, name="import")
+app.command()(export)
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]
@@ -196,7 +199,9 @@ def _bundle_for(profile: str, folder: Path | None) -> "Bundle":
     from mmllm_core.interop.llava import import_llava
 
     with console.status(f"importing {checkpoint.repo}, once"):
-        return import_llava(resolve(checkpoint), profile=load_profile(profile), name=name, make_latest=False)
+        return import_llava(
+            resolve(checkpoint), profile=load_profile(profile), name=name, source=checkpoint, make_latest=False
+        )
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from mmllm_core.artifact import STAMP, building
-from mmllm_core.config import PathSource, Profile, Source, StrictModel, parse_config
+from mmllm_core.config import Dtype, PathSource, Profile, Quantization, Sha256, Source, StrictModel, parse_config
 from mmllm_core.errors import BundleError
 from mmllm_core.models.home import home
 from mmllm_core.models.resolve import resolve
@@ -44,6 +44,21 @@ WeightsSource = Path | Callable[[Path], None]
 """Weights that a bundle carries: a folder to copy, or a function that writes them into the folder it is given."""
 
 
+class MergedAdapter(StrictModel):
+    """How the LM that a bundle carries came of a quantized base and an adapter (`mmllm_core.merging`)."""
+
+    bundle: str
+    """Name of the bundle whose base and adapter were merged."""
+    adapter_sha256: Sha256 | None
+    """Of the adapter's weights; None if there was no adapter and the base was dequantized alone."""
+    quantization: Quantization
+    """What the base was dequantized from."""
+    dtype: Dtype
+    method: Literal["dequantize, then add the LoRA update in float32"] = (
+        "dequantize, then add the LoRA update in float32"
+    )
+
+
 class BundleInfo(StrictModel):
     """`bundle.json`."""
 
@@ -58,6 +73,8 @@ class BundleInfo(StrictModel):
     data: dict[str, str] = Field(default_factory=dict)
     metrics: dict[str, Any] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+    merged: MergedAdapter | None = None
+    """Set where the LM holds what was an adapter."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from mmllm_core.errors import ConfigError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Quantization = Literal["none", "int8", "nf4"]
+"""How an LM's linear layers are held: in `dtype`, in LLM.int8() (arXiv:2208.07339) or in QLoRA's NF4
+(arXiv:2305.14314)."""
 
 
 class StrictModel(BaseModel):
@@ -64,10 +68,21 @@ Source = Annotated[PackageSource | HubSource | PathSource | TrainedSource, Field
 # --- the parts of an assistant ---------------------------------------------------------------------
 
 
+class Origin(StrictModel):
+    """Who made a part and on what terms; it stays with the part when its weights move into a bundle."""
+
+    name: str
+    licence: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """The hub's identifier, such as `mit` or `apache-2.0`; None where it is not known."""
+    repo: str | None = Field(default=None, pattern=r"^[^/\s]+/[^/\s]+$")
+    """The Hugging Face repository that the weights come from, whichever way they came."""
+
+
 class VisionConfig(StrictModel):
     """A CLIP vision tower and which of its tokens become features."""
 
     source: Source
+    origin: Origin | None = None
     feature_layer: int = Field(default=-2, le=-1)
     """Transformer block whose output is taken, counted from the end; -2 as in LLaVA-1.5."""
     cls_token: bool = False
@@ -81,6 +96,7 @@ class AudioConfig(StrictModel):
     """A Whisper model in CTranslate2 layout, run by faster-whisper."""
 
     source: Source
+    origin: Origin | None = None
     compute_type: Literal["int8", "float16", "float32", "default"] = "int8"
     language: str | None = None
     beam_size: int = Field(default=1, ge=1)
@@ -91,8 +107,9 @@ class LanguageConfig(StrictModel):
     """A causal LM with a chat template."""
 
     source: Source
-    quantization: Literal["none", "nf4"] = "none"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    origin: Origin | None = None
+    quantization: Quantization = "none"
+    dtype: Dtype = "bfloat16"
     context_length: int = Field(default=2048, gt=0)
 
 

@@ -24,6 +24,10 @@ class BundleError(MmllmError):
     """A bundle that is missing, incomplete or altered."""
 
 
+class ExportError(MmllmError):
+    """A bundle that cannot be written in the format that was asked for, or not be sent where it should go."""
+
+
 class EnvironmentLack(MmllmError):
     """Something that this machine lacks: a compiler, disk, memory, a free port."""
 

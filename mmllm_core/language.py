@@ -1,16 +1,17 @@
-"""Phi and any other Hugging Face causal LM: loading, NF4, LoRA, the tokenizer and its chat template.
+"""Phi and any other Hugging Face causal LM: loading, NF4 or int8, LoRA, the tokenizer and its chat template.
 
 In: a folder with safetensors weights and a tokenizer. Out: a frozen LM, optionally quantized and with a
 LoRA adapter. Does not know images; embeddings reach the LM through `inputs_embeds`.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mmllm_core.config import LanguageConfig, LoraConfig
+from mmllm_core.config import LanguageConfig, LoraConfig, Quantization
 from mmllm_core.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -50,31 +51,23 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu") -> "PreTrainedModel":
-    """Load a frozen causal LM in eval mode, quantized to NF4 where the config says so.
+    """Load a frozen causal LM in eval mode, quantized as the config says.
 
-    NF4 follows QLoRA: double quantization, bf16 storage so that ZeRO can shard it.
+    NF4 follows QLoRA: double quantization, bf16 storage so that ZeRO can shard it. int8 is LLM.int8(), whose
+    products are computed in float16 whatever `dtype` says. The LM's head and embeddings keep `dtype`.
 
     Raises:
         WeightsError: the folder holds no weights that fit.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, config.dtype)
-    quantization = None
-    if config.quantization == "nf4":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=torch.bfloat16,
-        )
     try:
         lm, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            quantization_config=quantization,
+            quantization_config=_quantization_config(config.quantization, dtype),
             device_map={"": device},
             attn_implementation="eager" if device == "cpu" else "sdpa",  # sdpa with a mask is slower on CPU
             local_files_only=True,
@@ -134,6 +127,24 @@ def load_adapter(lm: "PreTrainedModel", folder: Path) -> nn.Module:
     from peft import PeftModel
 
     return PeftModel.from_pretrained(lm, folder, is_trainable=False).eval()
+
+
+def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=torch.bfloat16,
+        )
+    if quantization == "int8":
+        # It would say at every layer of every forward that activations become float16.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return None
 
 
 def _disable_cpu_repacking(lm: nn.Module) -> None:

@@ -3,37 +3,41 @@
 In: the folder of a `LlavaForConditionalGeneration` (Liu et al., 2023, arXiv:2310.03744): a CLIP vision tower, a
 projector of two layers, and a Llama or Phi-3 LM, such as `xtuner/llava-phi-3-mini-hf`. Out: a bundle that serves
 without training. Neither the LLaVA model nor its LM is built: the LM's tensors are read one at a time, and at most
-`_SHARD_BYTES` of them are held at once. Does not know where the folder came from.
+a shard of them is held at once. Does not know where the folder came from.
 """
 
-import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from yaml import YAMLError
 
 from mmllm_core.artifact import require_free_disk
 from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
-from mmllm_core.config import MlpConfig, PathSource, Profile, VisionConfig
+from mmllm_core.config import HubSource, MlpConfig, Origin, PathSource, Profile, VisionConfig
 from mmllm_core.connectors import Connector, LmShape, build_connector
 from mmllm_core.errors import WeightsError
 from mmllm_core.interop.clip_weights import write_open_clip
 from mmllm_core.interop.llava_chat import load_chat_tokenizer
 from mmllm_core.interop.llava_checkpoint import LlavaCheckpoint, read_config, read_processor
+from mmllm_core.interop.shards import write_shards
 from mmllm_core.vision import ClipEncoder
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
 
-_SHARD_BYTES = 1_000_000_000
-
 
 def import_llava(
-    folder: Path, *, profile: Profile, name: str, chat_template: str | None = None, make_latest: bool = True
+    folder: Path,
+    *,
+    profile: Profile,
+    name: str,
+    source: HubSource | None = None,
+    chat_template: str | None = None,
+    make_latest: bool = True,
 ) -> Bundle:
     """Import a LLaVA checkpoint as a bundle.
 
@@ -42,6 +46,7 @@ def import_llava(
         profile: gives the ears, and how the LM is loaded (quantization, dtype, context). Vision, connector and
             weights come from the checkpoint.
         name: the bundle's name.
+        source: where the folder was fetched from, which the bundle records.
         chat_template: Jinja template to use instead of the checkpoint's.
         make_latest: whether `mmllm serve` starts from the bundle.
 
@@ -54,6 +59,11 @@ def import_llava(
     _check_language(config, weights)
     connector = _load_connector(config, weights)
     tokenizer = load_chat_tokenizer(folder, chat_template)
+    origin = Origin(
+        name=source.repo if source else folder.resolve().name,
+        licence=_licence(folder),
+        repo=source.repo if source else None,
+    )
     require_free_disk(bundles_folder(), 1.1 * weights.n_bytes / 1e9, "importing the checkpoint")
 
     with tempfile.TemporaryDirectory(prefix="mmllm-import-") as scratch:
@@ -61,6 +71,7 @@ def import_llava(
         write_open_clip(vision_folder, config.vision_config, read_processor(folder), weights.part("vision"))
         vision = VisionConfig(
             source=PathSource(path=vision_folder),
+            origin=origin,
             feature_layer=_feature_layer(config),
             cls_token=config.vision_feature_select_strategy == "full",
             max_pixels=profile.vision.max_pixels,
@@ -71,14 +82,17 @@ def import_llava(
             profile=profile.model_copy(
                 update={
                     "vision": vision,
-                    "language": profile.language.model_copy(update={"context_length": _context(config, profile)}),
+                    "language": profile.language.model_copy(
+                        update={"context_length": _context(config, profile), "origin": origin}
+                    ),
                     "connector": MlpConfig(bias=config.multimodal_projector_bias),
                 }
             ),
             d_vision=encoder.d_vision,
             n_patches=encoder.n_patches,
             feature_fingerprint=encoder.fingerprint,
-            recipe={"stage": "import", "format": "llava", "checkpoint": folder.name},
+            recipe={"stage": "import", "format": "llava"}
+            | ({"checkpoint": source.repo, "revision": source.revision} if source else {"checkpoint": origin.name}),
         )
         del encoder  # its gigabyte is not needed while the LM is written
         return save_bundle(
@@ -89,6 +103,19 @@ def import_llava(
             language_weights=lambda target: _write_language(config, weights, folder, target),
             make_latest=make_latest,
         )
+
+
+def _licence(folder: Path) -> str | None:
+    """The hub's identifier of the licence in the checkpoint's model card, if it has a card that says one."""
+    from huggingface_hub import ModelCard
+
+    if not (folder / "README.md").is_file():
+        return None
+    try:
+        licence = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data.license
+    except (OSError, ValueError, YAMLError):
+        return None
+    return licence if isinstance(licence, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence) else None
 
 
 def _feature_layer(config: "LlavaConfig") -> int:
@@ -140,32 +167,9 @@ def _check_language(config: "LlavaConfig", weights: LlavaCheckpoint) -> None:
 
 def _write_language(config: "LlavaConfig", weights: LlavaCheckpoint, source: Path, target: Path) -> None:
     """Write the LM as a causal LM's folder of its own, shard by shard."""
-    from safetensors.torch import save_file
-
     text_config = config.text_config
     text_config.dtype = weights.tensor("language", "model.embed_tokens.weight").dtype
     text_config.save_pretrained(target)
     if (source / "generation_config.json").is_file():  # says which tokens end an answer
         shutil.copy(source / "generation_config.json", target)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for i, shard in enumerate(_shards(weights), start=1):
-        file = f"model-{i:05d}.safetensors"
-        save_file(shard, target / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-        total += sum(tensor.nbytes for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def _shards(weights: LlavaCheckpoint) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name in weights.names("language"):
-        tensor = weights.tensor("language", name)
-        if shard and size + tensor.nbytes > _SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+    write_shards(target, ((name, weights.tensor("language", name)) for name in weights.names("language")))

@@ -1,5 +1,8 @@
 """A source -> a local folder of weights, fetched or converted once."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmllm_core.artifact import building, is_built, require_free_disk
@@ -39,6 +42,23 @@ def resolve(source: Source, *, relative_to: Path | None = None, weights: bool = 
     return folder
 
 
+def pin(repo: str, revision: str | None = None) -> HubSource:
+    """The commit that a branch or tag of a hub repository stands for now; a commit stands for itself.
+
+    Args:
+        revision: commit, branch or tag; the default branch if not given.
+
+    Raises:
+        WeightsError: no such repository or revision, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return HubSource(repo=repo, revision=revision)
+    with _hub_errors(repo):
+        return HubSource(repo=repo, revision=str(HfApi().model_info(repo, revision=revision).sha))
+
+
 def trained_folder(source: TrainedSource) -> Path:
     """Where the job that runs `source.recipe` leaves its weights."""
     return home() / "clip" / source.recipe
@@ -46,17 +66,25 @@ def trained_folder(source: TrainedSource) -> Path:
 
 def _fetch_from_hub(source: HubSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # README.md: names the licence
     if weights:
         patterns += ["*.safetensors", "model.bin"]  # model.bin: CTranslate2
-    try:
+    with _hub_errors(source.repo):
         return Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+
+
+@contextmanager
+def _hub_errors(repo: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import httpx  # the client it uses itself, which is not everywhere the same
+
+    try:
+        yield
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.TransportError, OSError) as error:
         raise WeightsError(
-            f"{source.repo}: cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
-            "check the network, or log in with 'hf auth login' if the repository is gated"
+            f"{repo}: cannot be fetched from the Hugging Face hub ({type(error).__name__}): "
+            "check the name and the network, or log in with 'hf auth login' if the repository is gated"
         ) from error
 
 

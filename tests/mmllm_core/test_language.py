@@ -56,8 +56,25 @@ def test_nf4_quantizes_every_linear_of_a_block_and_keeps_the_head(folder: Path) 
     assert type(lm.lm_head) is torch.nn.Linear
 
 
-def test_nf4_learns_through_its_adapter_and_a_saved_adapter_gives_the_same_loss(folder: Path, tmp_path: Path) -> None:
-    settings = config(folder, "nf4", "bfloat16")
+def test_int8_quantizes_every_linear_of_a_block_and_keeps_the_head(folder: Path) -> None:
+    lm: Any = load_language_model(config(folder, "int8", "bfloat16"), folder)
+    weights = [m.weight for m in lm.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert weights
+    assert {weight.dtype for weight in weights} == {torch.int8}
+    assert type(lm.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_int8_stays_near_the_lm_it_came_from(dtype: str, folder: Path) -> None:
+    exact = loss_of(load_language_model(config(folder), folder))
+    assert abs(float(loss_of(load_language_model(config(folder, "int8", dtype), folder)) - exact)) < 0.05
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_quantized_lm_learns_through_its_adapter_and_a_saved_adapter_gives_the_same_loss(
+    quantization: str, folder: Path, tmp_path: Path
+) -> None:
+    settings = config(folder, quantization, "bfloat16")
     adapted = add_adapter(load_language_model(settings, folder), LoraConfig(rank=4)).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -74,15 +91,46 @@ def test_nf4_learns_through_its_adapter_and_a_saved_adapter_gives_the_same_loss(
     assert torch.allclose(loss_of(again), loss_of(adapted), atol=1e-2)
 
 
-def test_nf4_weights_survive_an_evaluation_between_training_steps(folder: Path) -> None:
-    adapted = add_adapter(load_language_model(config(folder, "nf4", "bfloat16"), folder), LoraConfig(rank=4))
-    adapted.train()
-    before = float(loss_of(adapted).detach())
-    adapted.eval()
+@pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
+def test_training_at_rate_0_keeps_its_loss_through_evaluations(quantization: str, folder: Path) -> None:
+    adapted = add_adapter(load_language_model(config(folder, quantization, "bfloat16"), folder), LoraConfig(rank=4))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.0)
+    losses = []
+    for _ in range(3):
+        adapted.train()
+        loss = loss_of(adapted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+        adapted.eval()
+        with torch.no_grad():
+            loss_of(adapted)
+    assert len(set(losses)) == 1
+
+
+def test_bitsandbytes_would_repack_nf4_weights_of_an_evaluated_lm_if_it_were_let(folder: Path) -> None:
+    """What the test above guards against, shown to happen where the CPU has the instructions for it."""
+    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes repacks only on CPUs with AVX512-BF16")
+    lm: Any = load_language_model(config(folder, "nf4", "bfloat16"), folder)
+    layers = [m for m in lm.modules() if isinstance(m, Linear4bit)]
+
+    def bytes_held() -> list[Any]:
+        return [layer.weight.data.view(torch.uint8).numpy().tobytes() for layer in layers]
+
+    before = bytes_held()
     with torch.no_grad():
-        loss_of(adapted)
-    adapted.train()
-    assert float(loss_of(adapted).detach()) == before
+        loss_of(lm)
+    assert bytes_held() == before
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    with torch.no_grad():
+        loss_of(lm)
+    assert bytes_held() != before
 
 
 def test_an_unknown_architecture_asks_for_target_modules(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Random LLaVA checkpoints of the real classes, in each layout that folders are found in."""
+"""Random LLaVA checkpoints of the real classes, in each layout that folders are found in, and bundles to export."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmllm_core.config import PathSource, Profile
+from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
+from mmllm_core.config import ConnectorConfig, LanguageConfig, LoraConfig, MlpConfig, PathSource, Profile, VisionConfig
+from mmllm_core.connectors import LmShape, build_connector
+from mmllm_core.language import add_adapter, load_language_model
 from mmllm_core.models.profile import load_profile
-from tests.conftest import tiny_lm_config
+from mmllm_core.vision import ClipEncoder
+from tests.conftest import MakeTokenizer, TinyLM, tiny_lm_config
 
 IMAGE_ID = 399
 SIZE = 32
@@ -97,3 +101,69 @@ def _lay_out(path: Path, layout: str) -> None:
         state = {k.replace("language_model.model.", "language_model."): v for k, v in state.items()}
         state = {f"model.{k}".replace("model.language_model.lm_head", "lm_head"): v for k, v in state.items()}
     save_file(state, path, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def make_bundle(
+    tiny_lm: TinyLM, tiny_clip: Callable[..., Path], make_tokenizer: MakeTokenizer, tmp_path: Path
+) -> Callable[..., Bundle]:
+    """Save a bundle as a training run leaves it: own CLIP, connector, adapter, and a reference to the LM."""
+
+    def build(
+        lm: str = "phi3",
+        *,
+        template: str = "phi3",
+        layer: int = -2,
+        cls_token: bool = False,
+        merge: int = 1,
+        quantization: str = "none",
+        dtype: str = "float32",
+        connector: ConnectorConfig = MlpConfig(),
+        adapter: bool = True,
+        name: str = "trained",
+        **lm_changes: Any,
+    ) -> Bundle:
+        folder = tmp_path / f"{name}-lm"
+        tokenizer = make_tokenizer(template)
+        tiny_lm(lm, **lm_changes).save_pretrained(folder)
+        clip = tiny_clip(quick_gelu=True)
+        vision = VisionConfig(source=PathSource(path=clip), feature_layer=layer, cls_token=cls_token, merge=merge)
+        encoder = ClipEncoder(vision, clip)
+        language = LanguageConfig(source=PathSource(path=folder), quantization=quantization, dtype=dtype)  # type: ignore[arg-type]
+        embedded = load_profile("embedded")
+        torch.manual_seed(2)
+        bridge = build_connector(connector, encoder.d_vision, LmShape(64, 2), output_std=1.0)
+        adapted = add_adapter(load_language_model(language, folder), LoraConfig(rank=4)) if adapter else None
+        if adapted is not None:
+            with torch.no_grad():
+                for parameter_name, parameter in adapted.named_parameters():
+                    if "lora_B" in parameter_name:
+                        parameter.normal_(std=0.1)
+        return save_bundle(
+            BundleInfo(
+                name=name,
+                profile=embedded.model_copy(
+                    update={
+                        "vision": vision.model_copy(update={"origin": embedded.vision.origin}),
+                        "language": language.model_copy(update={"origin": embedded.language.origin}),
+                        "connector": connector,
+                    }
+                ),
+                d_vision=encoder.d_vision,
+                n_patches=encoder.n_patches,
+                feature_fingerprint=encoder.fingerprint,
+                recipe={"name": "tiny-instruct", "stage": "instruct", "steps": 3, "seed": 0},
+                data={"easy-vqa": "f" * 64},
+                metrics={
+                    "loss": 0.5,
+                    "seconds": 9.5,
+                    "accuracy": {"before": {"all": [0, 4]}, "after": {"all": [3, 4], "shape": [1, 2]}},
+                },
+            ),
+            bridge,
+            tokenizer,
+            adapter=adapted,
+            vision_weights=clip,
+        )
+
+    return build

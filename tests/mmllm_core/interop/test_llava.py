@@ -117,7 +117,7 @@ def test_a_checkpoint_in_shards_is_read(checkpoint: Any, profile: Profile) -> No
 def test_an_lm_larger_than_a_shard_is_written_in_several(
     checkpoint: Any, profile: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mmllm_core.interop.llava._SHARD_BYTES", 50_000)
+    monkeypatch.setattr("mmllm_core.interop.shards.SHARD_BYTES", 50_000)
     original, folder = checkpoint()
     bundle = import_llava(folder, profile=profile, name="imported")
     expected, found = logits_of_both(original, bundle)

@@ -1,0 +1,74 @@
+"""A folder -> a repository of the Hugging Face hub, by huggingface_hub.
+
+In: a folder with a model card. Out: the URL of the commit. The token comes from where `hf auth login` or `HF_TOKEN`
+put it. Does not know what the folder holds.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmllm_core.errors import ExportError
+
+
+def ensure_repository(repo: str, *, private: bool = True) -> None:
+    """Make a model repository where there is none: called before an export, it fails before the work is done.
+
+    Args:
+        repo: `owner/name`.
+        private: of a new repository; one that exists stays as it is.
+
+    Raises:
+        ExportError: a wrong name, no token, no permission or no network, by name.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise ExportError(f"{repo}: no Hugging Face token: log in with 'hf auth login' or set HF_TOKEN")
+    with _told_in_a_line(repo):
+        HfApi().create_repo(repo, private=private, exist_ok=True)
+
+
+def push_folder(folder: Path, repo: str, *, message: str = "Export from mmllm") -> str:
+    """Upload every file of a folder as one commit.
+
+    Returns:
+        The commit's URL.
+
+    Raises:
+        ExportError: no permission or no network, by name.
+    """
+    from huggingface_hub import HfApi
+
+    with _told_in_a_line(repo):
+        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
+
+
+@contextmanager
+def _told_in_a_line(repo: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx  # the client it uses itself, which is not everywhere the same
+
+    try:
+        yield
+    except HFValidationError as error:
+        raise ExportError(f"'{repo}' is no name of a repository, which is owner/name: {error}") from error
+    except OfflineModeIsEnabled as error:
+        raise ExportError(f"{repo}: huggingface_hub is in offline mode: unset HF_HUB_OFFLINE") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status == 401:
+            raise ExportError(f"{repo}: the hub does not know this token: log in again with 'hf auth login'") from error
+        if status in (403, 404):
+            raise ExportError(
+                f"{repo}: this token may not write there: use one with write access, or a repository of your own"
+            ) from error
+        raise ExportError(f"{repo}: the hub answered {status}: {_first_line(error)}") from error
+    except (httpx.TransportError, ConnectionError) as error:
+        raise ExportError(f"{repo}: the hub cannot be reached: check the network ({_first_line(error)})") from error
+    except ValueError as error:  # a model card that the hub does not take
+        raise ExportError(f"{repo}: the hub does not take these files: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
