@@ -386,10 +386,20 @@ def parse_overrides(items: list[str]) -> dict[str, Any]:
 def _set_dotted(values: Any, dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for parent in parents:
-        if not isinstance(values.get(parent), dict):
-            values[parent] = {}
-        values = values[parent]
-    values[leaf] = value
+        key = _key(values, parent, dotted)
+        if isinstance(values, dict) and not isinstance(values.get(key), dict | list):
+            values[key] = {}
+        values = values[key]
+    values[_key(values, leaf, dotted)] = value
+
+
+def _key(values: Any, part: str, dotted: str) -> Any:
+    """A part of a dotted key as what it indexes: a mapping's key, or a place in a list."""
+    if isinstance(values, dict):
+        return part
+    if isinstance(values, list) and part.isdigit() and int(part) < len(values):
+        return int(part)
+    raise ConfigError(f"override '{dotted}': there is no '{part}' to change")
 
 
 def _describe(problem: Any) -> str:

@@ -103,6 +103,19 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     assert recipe.lora.rank == 8
 
 
+def test_overrides_reach_into_lists(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "name: x\nprofile: embedded\nstage: instruct\nsteps: 5\n"
+        "data: {sources: [{dataset: easy-vqa}, {dataset: chat, file: c}]}\n"
+    )
+    recipe = load_config(Recipe, path, parse_overrides(["data.sources.0.questions_per_image=3"]))
+    assert recipe.data.sources[0].model_dump()["questions_per_image"] == 3
+    for key in ("data.sources.2.weight", "data.sources.first.weight", "data.sources.0.dataset.x.y.z", "steps.1.x"):
+        with pytest.raises(ConfigError, match=r"override|unknown|'data|'steps"):
+            load_config(Recipe, path, {key: 3})
+
+
 @pytest.mark.parametrize("item", ["steps", "=3", "steps=["])
 def test_an_override_that_cannot_be_read_is_named(item: str) -> None:
     with pytest.raises(ConfigError, match="override"):
