@@ -16,6 +16,10 @@ class WeightsError(MmllmError):
     """Weights or data that could not be fetched, verified or opened."""
 
 
+class FeatureStoreError(MmllmError):
+    """A feature store that cannot be reached, or used as asked."""
+
+
 class BundleError(MmllmError):
     """A bundle that is missing, incomplete or altered."""
 
