@@ -71,7 +71,8 @@ def embed_images(
     """
     prepare_ray_data()
     rows = [{"path": str(Path(path).absolute())} for path in paths]
-    FeatureStore(features_folder(), fingerprint="-")  # fail before a worker starts if it cannot be reached
+    places = (features_folder(), str(image_keys()))
+    FeatureStore(places[0], fingerprint="-")  # fail before a worker starts if it cannot be reached
     if not rows:
         return Embedded(0, 0, ())
     gpus = has_gpus(options.workers)
@@ -79,7 +80,7 @@ def embed_images(
     dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), options.workers * 4))
     embedded = dataset.map_batches(
         _Embedder,
-        fn_constructor_args=(vision.model_dump(mode="json"), str(weights), features_folder(), claims, options, gpus),
+        fn_constructor_args=(vision.model_dump(mode="json"), str(weights), places, claims, options, gpus),
         batch_size=options.batch,
         compute=ray.data.ActorPoolStrategy(size=options.workers),
         num_cpus=0 if gpus else 1,
@@ -119,7 +120,7 @@ class _Embedder:
     def __init__(self, vision: dict[str, Any], weights: str, store: str, claims: Any, options: EmbedOptions, gpu: bool):
         self._encoder = ClipEncoder(VisionConfig.model_validate(vision), Path(weights), "cuda" if gpu else "cpu")
         self._store = FeatureStore(store, self._encoder.fingerprint)
-        self._keys = ImageKeys(image_keys(), self._encoder.config.max_pixels)
+        self._keys = ImageKeys(Path(keys), self._encoder.config.max_pixels)
         self._claims = claims
         self._options = options
 

@@ -140,6 +140,8 @@ class FeatureStore:
             return None
 
     def _add(self, shard: ShardIndex) -> None:
+        if shard.name in self._shards:  # another thread was faster
+            return
         self._shards[shard.name] = shard
         for row, key in enumerate(shard.keys):
             if key in self._places:

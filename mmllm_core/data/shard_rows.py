@@ -6,6 +6,7 @@ that a store larger than the bound is never copied over and over. Does not know 
 """
 
 import mmap
+import os
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -115,24 +116,24 @@ class _MappedFiles:
 
     def read(self, path: Path, start: int, length: int) -> bytes:
         with self._lock:
-            mapped = self._maps.get(path)
-            if mapped is None:
-                with path.open("rb") as stream:
-                    try:
-                        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-                    except ValueError:  # an empty file cannot be mapped
-                        return b""
-                self._maps[path] = mapped
-                if len(self._maps) > _MAX_MAPS:
-                    self._maps.popitem(last=False)[1].close()
-            else:
-                self._maps.move_to_end(path)
-            # Touching a page beyond the end of a file that shrank since it was mapped would kill the process.
-            end = min(start + length, len(mapped), mapped.size())
-            return mapped[start:end]
+            mapped = self._maps.get(path) or self._map(path)
+            self._maps.move_to_end(path)
+            if len(self._maps) > _MAX_MAPS:
+                self._maps.popitem(last=False)
+        # Touching a page beyond the end of a file that shrank since it was mapped would kill the process.
+        end = min(start + length, len(mapped), mapped.size())
+        return mapped[start:end]
 
     def close(self, path: Path) -> None:
+        """Let go of a map; it closes when the last thread that reads it is done."""
         with self._lock:
-            mapped = self._maps.pop(path, None)
-            if mapped is not None:
-                mapped.close()
+            self._maps.pop(path, None)
+
+    def _map(self, path: Path) -> "mmap.mmap":
+        with path.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size == 0:  # an empty file cannot be mapped
+                mapped = mmap.mmap(-1, 1)
+            else:
+                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        self._maps[path] = mapped
+        return mapped

@@ -1,6 +1,7 @@
 """Upkeep finds what is wrong, removes what can go and nothing else, and disturbs nobody."""
 
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -146,3 +147,26 @@ def test_a_reader_with_a_mapped_shard_goes_on_reading(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         path.unlink()
     assert np.array_equal(store.get(B), features(2)[1])
+
+
+def test_readers_miss_nothing_while_shards_are_moved(location: str) -> None:
+    store, lost, ended = FeatureStore(location), [], threading.Event()
+    wanted = [key(f"x{i}") for i in range(12)]
+    for i, name in enumerate(wanted):
+        FeatureStore(location).write([name], features(1, i))
+    store.refresh()
+
+    def read() -> None:
+        while not ended.is_set():
+            lost.extend(name for name in wanted if store.get(name) is None)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(3):
+        assert collect_garbage(location, NOW).made == 1
+        FeatureStore(location).write([key(f"y{i}")], features(1))
+    ended.set()
+    for thread in threads:
+        thread.join()
+    assert lost == []
