@@ -117,7 +117,16 @@ class _Claims:
 class _Embedder:
     """One encoder of the pool."""
 
-    def __init__(self, vision: dict[str, Any], weights: str, store: str, claims: Any, options: EmbedOptions, gpu: bool):
+    def __init__(
+        self,
+        vision: dict[str, Any],
+        weights: str,
+        places: tuple[str, str],
+        claims: Any,
+        options: EmbedOptions,
+        gpu: bool,
+    ):
+        store, keys = places  # of the features and of the pixel hashes
         self._encoder = ClipEncoder(VisionConfig.model_validate(vision), Path(weights), "cuda" if gpu else "cpu")
         self._store = FeatureStore(store, self._encoder.fingerprint)
         self._keys = ImageKeys(Path(keys), self._encoder.config.max_pixels)

@@ -13,11 +13,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 from mmllm_core.data.feature_location import FeatureLocation, open_location
 from mmllm_core.data.feature_shards import (
+    ARRAY,
     INDEX,
     DamagedIndex,
     Features,
@@ -32,6 +34,9 @@ from mmllm_core.models.home import features_cache
 _log = logging.getLogger(__name__)
 _REQUESTS = 16
 """Requests to an object store at a time."""
+
+_SPAN = 4
+"""Rows read for each row that is wanted, at most, where that saves requests."""
 
 _Place = tuple[ShardIndex, int]
 ItemT = TypeVar("ItemT")
@@ -112,7 +117,11 @@ class FeatureStore:
         """
         wanted = list(dict.fromkeys(keys))
         if read:
-            each(self._location, self.get, [key for key in wanted if key in self._places])
+            stored: dict[ShardIndex, list[int]] = {}
+            for key in wanted:
+                if (place := self._places.get(key)) is not None:
+                    stored.setdefault(place[0], []).append(place[1])
+            each(self._location, self._check_rows, list(stored.items()))
         return [key for key in wanted if key not in self._places]
 
     def write(self, keys: Sequence[str], features: Features) -> None:
@@ -129,6 +138,19 @@ class FeatureStore:
         shard = write_shard(self._location, keys, features)
         with self._lock:
             self._add(shard)
+
+    def _check_rows(self, wanted: tuple[ShardIndex, list[int]]) -> None:
+        """Drop rows that are damaged. Rows that lie near each other in an object store take one request."""
+        shard, rows = wanted
+        first, span = min(rows), max(rows) - min(rows) + 1
+        data = b""
+        if not self._location.local and span <= _SPAN * len(rows):
+            with suppress(FileNotFoundError):
+                data = self._location.read(shard.name + ARRAY, shard.row_start(first), span * shard.row_bytes)
+        for row in rows:
+            start = (row - first) * shard.row_bytes
+            if shard.decode(row, memoryview(data)[start : start + shard.row_bytes]) is None:
+                self.get(shard.keys[row])  # which has the last word, and reports
 
     def _open(self, name: str) -> ShardIndex | None:
         try:

@@ -45,7 +45,7 @@ def test_list_shows_encoders_and_who_uses_them() -> None:
     table = rows(output)
     assert table[USED][1] == "3"
     assert table[USED][-1] == "parrot"
-    assert ["5", "x", "8", "2"] == table[USED][-5:-1]
+    assert table[USED][-5:-1] == ["5", "x", "8", "2"]
     assert table[UNUSED][1] == "1"
     assert "no bundle here" in output
 

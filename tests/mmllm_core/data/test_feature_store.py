@@ -166,7 +166,7 @@ def test_a_reader_keeps_what_it_read_when_the_shard_is_removed(location: str) ->
     ],
 )
 def test_keys_and_features_that_do_not_fit_are_refused(keys: list[str], values: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="float16|one encoder"):
+    with pytest.raises(ValueError, match=r"float16|one encoder"):
         FeatureStore(tmp_path).write(keys, values)
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_shards_of_an_object_store_are_copied_up_to_the_bound(location: str, tmp
 
 
 def test_a_bucket_that_does_not_exist_is_named(s3_url: str) -> None:
-    with pytest.raises(FeatureStoreError, match="'absent'.*does not exist"):
+    with pytest.raises(FeatureStoreError, match=r"'absent'.*does not exist"):
         FeatureStore(s3_url.replace("//bucket/", "//absent/"))
 
 
