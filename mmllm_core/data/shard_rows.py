@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmllm_core.data.feature_location import FeatureLocation, LocalFolder
 from mmllm_core.data.feature_shards import ARRAY, ShardIndex
-from mmllm_core.errors import EnvironmentLack
+from mmllm_core.errors import EnvironmentLack, FeatureStoreError
 
 _MAX_MAPS = 256
 """Shards mapped at a time: each holds one of the process's file descriptors, of which 1,024 are usual."""
@@ -36,6 +36,7 @@ class RowReader:
 
         Raises:
             FileNotFoundError: the shard's array is not there (any more).
+            FeatureStoreError: it is there and cannot be read.
         """
         if self._location.local:
             return self._maps.read(self._location.path(shard.name + ARRAY), shard.row_start(row), shard.row_bytes)
@@ -117,6 +118,8 @@ class _MappedFiles:
     def read(self, path: Path, start: int, length: int) -> bytes:
         with self._lock:
             mapped = self._maps.get(path) or self._map(path)
+            if mapped is None:
+                return b""
             self._maps.move_to_end(path)
             if len(self._maps) > _MAX_MAPS:
                 self._maps.popitem(last=False)
@@ -129,11 +132,15 @@ class _MappedFiles:
         with self._lock:
             self._maps.pop(path, None)
 
-    def _map(self, path: Path) -> "mmap.mmap":
-        with path.open("rb") as stream:
-            if os.fstat(stream.fileno()).st_size == 0:  # an empty file cannot be mapped
-                mapped = mmap.mmap(-1, 1)
-            else:
-                mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        self._maps[path] = mapped
-        return mapped
+    def _map(self, path: Path) -> mmap.mmap | None:
+        """Map a file; None if it is empty, which cannot be mapped."""
+        try:
+            with path.open("rb") as stream:
+                if os.fstat(stream.fileno()).st_size == 0:
+                    return None
+                self._maps[path] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise FeatureStoreError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return self._maps[path]

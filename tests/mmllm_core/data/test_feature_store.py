@@ -21,14 +21,15 @@ A, B, C, D = map(key, "abcd")
 
 
 def damage(location: str, suffix: str, how: str, names: Sequence[str] = ()) -> None:
-    """Flip the last byte of files, cut half of them off, or remove them."""
+    """Flip the last byte of files, cut half or all of them off, or remove them."""
     place = open_location(location)
     for name in names or [file.name for file in place.list() if file.name.endswith(suffix)]:
         data = place.read(name)
         if how == "remove":
             place.delete(name)
         else:
-            place.put(name, [data[:-1] + bytes([data[-1] ^ 1]) if how == "flip" else data[: len(data) // 2]])
+            damaged = {"flip": data[:-1] + bytes([data[-1] ^ 1]), "truncate": data[: len(data) // 2], "empty": b""}
+            place.put(name, [damaged[how]])
 
 
 def test_stored_features_come_back_equal(location: str) -> None:
@@ -78,7 +79,7 @@ def test_a_key_written_twice_is_stored_once_for_readers(location: str) -> None:
     assert store.get(A) is not None
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize("how", ["flip", "truncate", "empty", "remove"])
 @pytest.mark.parametrize("suffix", [ARRAY, INDEX])
 def test_a_damaged_file_is_never_used_and_can_be_written_again(suffix: str, how: str, location: str) -> None:
     FeatureStore(location).write([A], features(1))
