@@ -15,7 +15,7 @@ from mmllm_core.data.feature_location import open_location
 from mmllm_core.data.feature_shards import ARRAY, INDEX
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import FeatureStoreError
-from tests.mmllm_core.data.conftest import ENCODER, features, key
+from tests.mmllm_core.data.stored import ENCODER, features, key
 
 A, B, C, D = map(key, "abcd")
 

@@ -12,7 +12,7 @@ from mmllm_core.data.feature_location import open_location
 from mmllm_core.data.feature_shards import ARRAY, INDEX
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.data.feature_upkeep import GarbagePlan, collect_garbage, summarise, verify
-from tests.mmllm_core.data.conftest import ENCODER, features, key
+from tests.mmllm_core.data.stored import ENCODER, features, key
 
 A, B, C, D = map(key, "abcd")
 OTHER = "fedcba9876543210"
