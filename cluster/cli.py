@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.data_commands import data
+from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
 from cluster.local import quieten
 from mmllm_core.errors import MmllmError
@@ -21,6 +22,7 @@ app = typer.Typer(help="CLIP sees, Whisper hears, a Phi model answers.", no_args
 app.add_typer(data, name="data")
 app.add_typer(importing, name="import")
 app.command()(export)
+app.add_typer(features_app, name="features")
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]
@@ -60,14 +62,19 @@ def train(recipe: str, overrides: Overrides = None, verbose: Verbose = False) ->
 def embed(
     profile: Annotated[str, typer.Option(help="Whose CLIP encodes.")] = "embedded",
     workers: Annotated[int, typer.Option(min=1)] = 1,
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
+    check: Annotated[bool, typer.Option(help="Read and check what is stored of the images already.")] = True,
     verbose: Verbose = False,
 ) -> None:
     """Put the CLIP features of the training and test images into the feature store."""
     from cluster.local import local_ray
-    from train_jobs.embed_images import embed_easy_vqa
+    from train_jobs.embed_images import EmbedOptions, embed_easy_vqa
 
     with local_ray(verbose=verbose):
-        console.print(f"{embed_easy_vqa(profile, workers=workers)} new features")
+        done = embed_easy_vqa(profile, EmbedOptions(workers=workers, skip_broken=skip_broken, verify=check))
+    for problem in done.broken:
+        console.print(f"left out: {problem}", markup=False, highlight=False)
+    console.print(f"{done.new} new features, {done.stored} stored already, {len(done.broken)} left out")
 
 
 @app.command()

@@ -90,7 +90,7 @@ def _train(options: DemoOptions) -> Bundle:
     assert isinstance(tuning, Recipe)
     console.print(f"  CLIP weights: [dim]{train_clip(clip_recipe)}[/dim]")
     _heading(3, "Precompute CLIP features")
-    console.print(f"  {embed_easy_vqa('embedded')} images were new to the feature store")
+    console.print(f"  {embed_easy_vqa('embedded').new} images were new to the feature store")
     _heading(4, "Tune the LM: QLoRA and connector, DeepSpeed ZeRO-2, two workers")
     run = train(tuning)
     console.print(f"  bundle: [dim]{run.bundle.folder}[/dim]")

@@ -20,6 +20,10 @@ class DataError(MmllmError):
     """A file of training conversations that cannot be used as it stands."""
 
 
+class FeatureStoreError(MmllmError):
+    """A feature store that cannot be reached, or used as asked."""
+
+
 class BundleError(MmllmError):
     """A bundle that is missing, incomplete or altered."""
 

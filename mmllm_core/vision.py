@@ -74,7 +74,12 @@ def pixel_hash(image: Image.Image) -> str:
 
 def feature_key(image: Image.Image, fingerprint: str) -> str:
     """Under which an image's features are stored: its content and what encodes it."""
-    return f"{pixel_hash(image)}-{fingerprint}"
+    return content_key(pixel_hash(image), fingerprint)
+
+
+def content_key(pixels: str, fingerprint: str) -> str:
+    """The feature key of an image whose `pixel_hash` is known already."""
+    return f"{pixels}-{fingerprint}"
 
 
 class ClipEncoder:

@@ -2,10 +2,13 @@
 
 In: the bytes of images. Out: contiguous float16 (n_images, n_patches, d_vision). Features are looked for in
 the replica's memory, then in the feature store, and only then computed, in batches that form across requests.
+What others add to the store is seen while the replica runs; what is damaged there is computed.
 Does not know HTTP, conversations, the connector or the LM.
 """
 
 import asyncio
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +21,13 @@ from ray import serve
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.data.feature_store import FeatureStore
+from mmllm_core.errors import FeatureStoreError
 from mmllm_core.vision import decode_image
 from serve_apps.config import ClipConfig
 from serve_apps.upload import Upload
 
 Features = NDArray[np.float16]
+_log = logging.getLogger(__name__)
 
 
 class ClipDeployment:
@@ -30,6 +35,7 @@ class ClipDeployment:
 
     Raises:
         BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
+        FeatureStoreError: the feature store cannot be reached, which ends it too.
     """
 
     def __init__(self, bundle: Path, config: ClipConfig):
@@ -40,8 +46,8 @@ class ClipDeployment:
         self._encoder = opened.load_vision(config.device)
         self._max_pixels = opened.profile.vision.max_pixels
         self._cache = FeatureCache(config.cache_bytes)
-        folder = config.feature_store
-        self._store = FeatureStore(folder) if folder and folder.is_dir() else None
+        location = config.feature_store
+        self._stored = StoreReader(location, self._encoder.fingerprint, config.store_refresh_s) if location else None
         # Two at a time bounds the memory of decoded pixels, whatever a request holds.
         self._decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-image")
         self._encode_batch.set_max_batch_size(config.max_batch_size)
@@ -62,8 +68,8 @@ class ClipDeployment:
         loop = asyncio.get_running_loop()
         key, image = await loop.run_in_executor(self._decoding, self._identify, upload)
         found = self._cache.get(key)
-        if found is None and self._store is not None:
-            found = await loop.run_in_executor(self._decoding, self._stored, key)
+        if found is None and self._stored is not None:
+            found = await self._stored.get(key)
         if found is None:
             found = await self._encode_batch(image)
         self._cache.put(key, found)
@@ -73,15 +79,51 @@ class ClipDeployment:
         image = decode_image(upload.data, self._max_pixels, upload.param)
         return self._encoder.key(image), image
 
-    def _stored(self, key: str) -> Features | None:
-        assert self._store is not None
-        found = self._store.get(key)
-        return None if found is None else np.array(found)  # read here and now, not when the view is touched
-
     @serve.batch
     async def _encode_batch(self, images: list[Image.Image]) -> list[Features]:
         features = await asyncio.to_thread(self._encoder.encode, images)  # (b, n_patches, d_vision)
         return [row.copy() for row in features]  # a view would keep its whole batch in memory
+
+
+class StoreReader:
+    """Reads a feature store without holding up the event loop, and looks for new shards now and then.
+
+    A store that cannot be reached for a while costs its features, not the request.
+
+    Args:
+        refresh_s: seconds between looks for shards that others have added; a look is taken only after a miss, and
+            nobody waits for it.
+    """
+
+    def __init__(self, location: str | Path, fingerprint: str, refresh_s: float):
+        self._store = FeatureStore(location, fingerprint)
+        self._reading = ThreadPoolExecutor(max_workers=4, thread_name_prefix="read-features")
+        self._refreshing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh-features")
+        self._refresh_s = refresh_s
+        self._next_refresh = time.monotonic() + refresh_s
+
+    async def get(self, key: str) -> Features | None:
+        """Features (n_patches, d_vision) by key, or None if they are not stored whole."""
+        found = None
+        if key in self._store:
+            found = await asyncio.get_running_loop().run_in_executor(self._reading, self._read, key)
+        if found is None and time.monotonic() >= self._next_refresh:
+            self._next_refresh = time.monotonic() + self._refresh_s
+            self._refreshing.submit(self._refresh)
+        return found
+
+    def _read(self, key: str) -> Features | None:
+        try:
+            return self._store.get(key)
+        except FeatureStoreError as error:
+            _log.warning("features are computed instead of read: %s", error)
+            return None
+
+    def _refresh(self) -> None:
+        try:
+            self._store.refresh()
+        except FeatureStoreError as error:
+            _log.warning("new features are not seen yet: %s", error)
 
 
 class FeatureCache:

@@ -5,7 +5,6 @@ application.
 """
 
 import os
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -115,8 +114,10 @@ class ClipConfig(ModelDeploymentConfig):
     """How long an image waits for company."""
     cache_bytes: int = Field(default=64_000_000, ge=0)
     """Features that a replica remembers."""
-    feature_store: Path | None = None
-    """Folder of features computed ahead; only read."""
+    feature_store: str | None = None
+    """Folder or URL of features computed ahead; only read."""
+    store_refresh_s: float = Field(default=30.0, ge=0)
+    """How often a replica looks for features that were added to the store, at most."""
 
     @model_validator(mode="after")
     def _batches_can_fill(self) -> "ClipConfig":

@@ -39,7 +39,7 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
     dataset = ray.data.from_items([{"row": row} for row in range(len(questions))], override_num_blocks=workers * 4)
     answered = dataset.map_batches(
         _Answerer,
-        fn_constructor_args=(str(bundle.folder), str(features_folder()), limit, seed, gpus),
+        fn_constructor_args=(str(bundle.folder), features_folder(), limit, seed, gpus),
         batch_size=32,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=0 if gpus else 1,
@@ -62,7 +62,7 @@ class _Answerer:
         opened = Bundle.open(Path(bundle))
         self._model = opened.load_model("cuda" if gpu else "cpu")
         self._tokenizer = opened.tokenizer
-        self._features = StoredFeatures(Path(features), opened.info.feature_fingerprint)
+        self._features = StoredFeatures(features, opened.info.feature_fingerprint, opened.profile.vision.max_pixels)
         self._questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -2,30 +2,45 @@
 
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
+from mmllm_core.config import VisionConfig
+from mmllm_core.data.feature_shards import Features
 from mmllm_core.data.feature_store import FeatureStore
-from mmllm_core.errors import TrainingError
-from mmllm_core.vision import feature_key
+from mmllm_core.data.image_keys import ImageKeys
+from mmllm_core.errors import ImageError, TrainingError
+from mmllm_core.models.home import features_cache_bytes, image_keys
+from mmllm_core.vision import content_key
+
+_MAX_PIXELS: int = VisionConfig.model_fields["max_pixels"].default
 
 
 class StoredFeatures:
-    """Features of image files from the store; a missing one is an error that names the image."""
+    """Features of image files from the store; a missing one is an error that names the image.
 
-    def __init__(self, store: Path, fingerprint: str):
-        self._store = FeatureStore(store)
+    Args:
+        store: a folder or a URL. Shards at a URL are copied to this machine as they are read.
+        fingerprint: of the encoder whose features are wanted.
+        max_pixels: as in the profile's vision config.
+    """
+
+    def __init__(self, store: str | Path, fingerprint: str, max_pixels: int = _MAX_PIXELS):
+        self._store = FeatureStore(store, fingerprint, cache_bytes=features_cache_bytes())
         self._fingerprint = fingerprint
+        self._keys = ImageKeys(image_keys(), max_pixels)
 
-    def __call__(self, path: Path) -> NDArray[np.float16]:
+    def __call__(self, path: Path) -> Features:
         """Features (n_patches, d_vision) of an image file.
 
         Raises:
-            TrainingError: the image was not embedded.
+            TrainingError: the image cannot be read, or was not embedded, or what was stored of it is damaged.
         """
-        with Image.open(path) as image:
-            found = self._store.get(feature_key(image.convert("RGB"), self._fingerprint))
+        try:
+            key = content_key(self._keys.pixel_hash(path), self._fingerprint)
+        except ImageError as error:
+            raise TrainingError(str(error)) from error
+        found = self._store.get(key)
         if found is None:
-            raise TrainingError(f"{path}: no stored features: run 'mmllm embed' first")
+            self._store.refresh()
+            found = self._store.get(key)
+        if found is None:
+            raise TrainingError(f"{path}: no stored features that are whole: run 'mmllm embed' first")
         return found

@@ -70,7 +70,7 @@ def train(recipe: Recipe) -> TrainedRun:
         profile=profile.model_dump(mode="json"),
         language_weights=str(language_weights),
         data=str(data),
-        features=str(features_folder()),
+        features=features_folder(),
         fingerprint=encoder.fingerprint,
         d_vision=encoder.d_vision,
         n_patches=encoder.n_patches,

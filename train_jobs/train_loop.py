@@ -66,7 +66,7 @@ def train_loop(values: dict[str, Any]) -> None:
         log.write(phase="loading the LM")
     torch.manual_seed(recipe.seed)
     model, tokenizer = _build_model(recipe, profile, config)
-    features = StoredFeatures(Path(config.features), config.fingerprint)
+    features = StoredFeatures(config.features, config.fingerprint, profile.vision.max_pixels)
     evaluator = _Evaluator(recipe, Path(config.data), features, tokenizer, rank, world)
     if log:
         log.write(phase="asking before tuning")

@@ -1,100 +1,205 @@
-"""CLIP features on disk: written once, found by content, read without loading what is not asked for.
+"""CLIP features that were computed ahead: written once, found by content, read without loading what is not asked for.
 
-A store is a folder of shards. A shard is a float16 array (n, n_patches, d_vision) in `NAME.npy` beside
-`NAME.json`, which lists its keys and the sha256 of the array file. Shards are written aside and renamed,
-index last, so any number of writers may append and a reader never meets half a shard. A shard whose
-checksum fails is reported and treated as absent: its features are computed again, never used.
+In: features by key (`ClipEncoder.key`: the pixels and what encodes them). Out: features by key, float16
+(n_patches, d_vision), or None. A store is a local folder or a URL (`feature_location`) that holds shards
+(`feature_shards`).
+
+Any number of processes may write at once: each adds shards of its own, and a reader sees a shard whole or not at all.
+Where a key was written twice either copy may be returned. Nothing damaged is ever returned: every row is checked
+whenever it is read; a damaged one is reported once, and then counts as missing unless another copy is whole.
 """
 
-import json
 import logging
-import os
-import uuid
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from mmllm_core.vision import file_sha256
+from mmllm_core.data.feature_location import FeatureLocation, open_location
+from mmllm_core.data.feature_shards import (
+    ARRAY,
+    INDEX,
+    DamagedIndex,
+    Features,
+    ShardIndex,
+    fingerprint_of,
+    read_index,
+    write_shard,
+)
+from mmllm_core.data.shard_rows import RowReader, ShardCache
+from mmllm_core.models.home import features_cache
 
 _log = logging.getLogger(__name__)
+_REQUESTS = 16
+"""Requests to an object store at a time."""
+
+_SPAN = 4
+"""Rows read for each row that is wanted, at most, where that saves requests."""
+
+_Place = tuple[ShardIndex, int]
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
 class FeatureStore:
-    """Features by key (`ClipEncoder.key`).
+    """Features by key.
 
     Args:
-        folder: made when it does not exist.
+        location: a folder or a URL; it need not exist before something is written.
+        fingerprint: look at this encoder's features alone, which opens faster; None looks at all.
+        cache_bytes: how much of an object store may be copied to this machine and memory-mapped there; what does
+            not fit is read over the network, row by row. Worth it for readers that come back, such as training.
+
+    Raises:
+        FeatureStoreError: the location cannot be reached. Every method may raise it.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._shards: dict[str, NDArray[np.float16]] = {}
-        self._rows: dict[str, tuple[str, int]] = {}
-        self._seen: set[str] = set()
+    def __init__(self, location: str | Path, fingerprint: str | None = None, *, cache_bytes: int = 0):
+        self._location = open_location(location)
+        self._fingerprint = fingerprint
+        remote = not self._location.local
+        self._cache = ShardCache(features_cache(str(location)), cache_bytes) if remote and cache_bytes else None
+        self._reader = RowReader(self._location, self._cache)
+        self._shards: dict[str, ShardIndex] = {}
+        self._places: dict[str, _Place] = {}
+        self._other_copies: dict[str, list[_Place]] = {}
+        self._unusable: set[str] = set()
+        self._lock = threading.RLock()
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._rows
+        return key in self._places
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._places)
 
     def refresh(self) -> None:
-        """Take in shards that other writers have added."""
-        for index in sorted(self._folder.glob("*.json")):
-            if index.stem not in self._seen:
-                self._seen.add(index.stem)
-                self._open(index)
+        """Take in shards that other writers have added, and let go of those that were removed."""
+        with self._lock:
+            known = set(self._shards)
+        listed = {file.name.removesuffix(INDEX) for file in self._location.list() if file.name.endswith(INDEX)}
+        names = {name for name in listed if self._fingerprint in (None, fingerprint_of(name))}
+        added = each(self._location, self._open, sorted(names - known - self._unusable))
+        with self._lock:
+            for name in known - names:
+                self._drop(name)
+            for shard in added:
+                if shard is not None:
+                    self._add(shard)
+        if self._cache:
+            self._cache.keep_only(listed)
 
-    def get(self, key: str) -> NDArray[np.float16] | None:
-        """The stored features, float16 (n_patches, d_vision) as a read-only view, or None."""
-        place = self._rows.get(key)
-        return None if place is None else self._shards[place[0]][place[1]]
+    def get(self, key: str) -> Features | None:
+        """The stored features, float16 (n_patches, d_vision), read-only, or None if there are none that are whole."""
+        while (place := self._places.get(key)) is not None:
+            shard, row = place
+            try:
+                found = shard.decode(row, self._reader.read(shard, row))
+            except FileNotFoundError:  # garbage collection moves rows to other shards
+                self.refresh()
+                if shard.name in self._shards:
+                    self._give_up(shard.name, "its array is missing")
+                continue
+            if found is not None:
+                return found
+            _log.warning("feature store %s: row %d of %s is damaged and not used", self._location, row, shard.name)
+            with self._lock:
+                self._remove(key, place)
+        return None
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """Keys that are not stored, each once, in the order given."""
-        return [key for key in dict.fromkeys(keys) if key not in self._rows]
+    def missing(self, keys: Iterable[str], *, read: bool = False) -> list[str]:
+        """Keys that are not stored, each once, in the order given.
 
-    def write(self, keys: Sequence[str], features: NDArray[np.float16]) -> None:
+        Args:
+            read: also read and check what is stored, and count what is damaged as missing.
+        """
+        wanted = list(dict.fromkeys(keys))
+        if read:
+            stored: dict[ShardIndex, list[int]] = {}
+            for key in wanted:
+                if (place := self._places.get(key)) is not None:
+                    stored.setdefault(place[0], []).append(place[1])
+            each(self._location, self._check_rows, list(stored.items()))
+        return [key for key in wanted if key not in self._places]
+
+    def write(self, keys: Sequence[str], features: Features) -> None:
         """Append one shard.
 
         Args:
+            keys: of one encoder, each once.
             features: float16 (len(keys), n_patches, d_vision).
 
         Raises:
-            ValueError: keys and features differ in number, or features are not float16.
+            ValueError: keys and features do not fit each other.
+            EnvironmentLack: the disk is full or the place cannot be written; nothing became visible.
         """
-        if len(keys) != len(features) or features.dtype != np.float16:
-            raise ValueError(f"{len(keys)} keys for {len(features)} features of dtype {features.dtype}; want float16")
-        name = uuid.uuid4().hex
-        array = self._folder / f"{name}.npy"
-        partial = array.with_suffix(".partial")
-        with partial.open("wb") as stream:
-            np.save(stream, features)
-            stream.flush()
-            os.fsync(stream.fileno())
-        index = {"keys": list(keys), "sha256": file_sha256(partial)}
-        partial.rename(array)
-        partial_index = self._folder / f"{name}.json.partial"
-        partial_index.write_text(json.dumps(index), encoding="utf-8")
-        partial_index.rename(self._folder / f"{name}.json")
-        self.refresh()
+        shard = write_shard(self._location, keys, features)
+        with self._lock:
+            self._add(shard)
 
-    def _open(self, index: Path) -> None:
-        array = index.with_suffix(".npy")
+    def _check_rows(self, wanted: tuple[ShardIndex, list[int]]) -> None:
+        """Drop rows that are damaged. Rows that lie near each other in an object store take one request."""
+        shard, rows = wanted
+        first, span = min(rows), max(rows) - min(rows) + 1
+        data = b""
+        if not self._location.local and span <= _SPAN * len(rows):
+            with suppress(FileNotFoundError):
+                data = self._location.read(shard.name + ARRAY, shard.row_start(first), span * shard.row_bytes)
+        for row in rows:
+            start = (row - first) * shard.row_bytes
+            if shard.decode(row, memoryview(data)[start : start + shard.row_bytes]) is None:
+                self.get(shard.keys[row])  # which has the last word, and reports
+
+    def _open(self, name: str) -> ShardIndex | None:
         try:
-            entry = json.loads(index.read_text(encoding="utf-8"))
-            if file_sha256(array) != entry["sha256"]:
-                raise ValueError("checksum differs")
-            keys, shard = entry["keys"], np.load(array, mmap_mode="r", allow_pickle=False)
-            if len(keys) != len(shard):
-                raise ValueError(f"{len(keys)} keys for {len(shard)} rows")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("feature shard %s is damaged and will be computed again: %s", array, error)
+            return read_index(self._location, name)
+        except FileNotFoundError:  # removed since it was listed
+            return None
+        except DamagedIndex as error:
+            self._give_up(name, str(error))
+            return None
+
+    def _add(self, shard: ShardIndex) -> None:
+        if shard.name in self._shards:  # another thread was faster
             return
-        self._shards[index.stem] = shard
-        for row, key in enumerate(keys):
-            self._rows.setdefault(key, (index.stem, row))
+        self._shards[shard.name] = shard
+        for row, key in enumerate(shard.keys):
+            if key in self._places:
+                self._other_copies.setdefault(key, []).append((shard, row))
+            else:
+                self._places[key] = (shard, row)
+
+    def _give_up(self, name: str, reason: str) -> None:
+        _log.warning("feature store %s: %s is damaged and not used: %s", self._location, name, reason)
+        with self._lock:
+            self._unusable.add(name)
+            self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        shard = self._shards.pop(name, None)
+        if shard is None:
+            return
+        for row, key in enumerate(shard.keys):
+            self._remove(key, (shard, row))
+        self._reader.forget(name)
+
+    def _remove(self, key: str, place: _Place) -> None:
+        others = self._other_copies.pop(key, [])
+        if place in others:
+            others.remove(place)
+        elif self._places.get(key) == place:
+            del self._places[key]
+            if others:
+                self._places[key] = others.pop(0)
+        if others:
+            self._other_copies[key] = others
+
+
+def each(location: FeatureLocation, function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> list[ResultT]:
+    """Call `function` on every item, several at a time where each waits for an object store."""
+    if location.local or len(items) < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(max_workers=_REQUESTS) as pool:
+        return list(pool.map(function, items))

@@ -1,11 +1,9 @@
-"""What is kept on disk: features, artifacts and bundles are whole or not there."""
+"""What is kept on disk: artifacts and bundles are whole or not there."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -13,55 +11,11 @@ from mmllm_core.artifact import building, is_built
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
 from mmllm_core.config import LoraConfig, PathSource, Profile
 from mmllm_core.connectors import LmShape, build_connector
-from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import BundleError
 from mmllm_core.language import add_adapter
 from mmllm_core.models.profile import load_profile
 from mmllm_core.vision import ClipEncoder
 from tests.conftest import TinyLM
-
-
-def features(n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(n, 5, 8)).astype(np.float16)
-
-
-def test_stored_features_come_back_equal(tmp_path: Path) -> None:
-    values = features(3)
-    FeatureStore(tmp_path).write(["a", "b", "c"], values)
-    store = FeatureStore(tmp_path)
-    assert len(store) == 3
-    assert "b" in store
-    found = store.get("b")
-    assert found is not None
-    assert np.array_equal(found, values[1])
-    assert store.get("d") is None
-
-
-def test_writers_append_and_readers_see_it_after_a_refresh(tmp_path: Path) -> None:
-    first, second = FeatureStore(tmp_path), FeatureStore(tmp_path)
-    first.write(["a"], features(1))
-    second.write(["b"], features(1, 1))
-    assert first.get("b") is None
-    first.refresh()
-    assert first.get("b") is not None
-    assert first.missing(["c", "a", "c", "b"]) == ["c"]
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_a_damaged_shard_is_never_used(damage: str, tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path)
-    store.write(["a"], features(1))
-    store.write(["b"], features(1))
-    shard = next(p for p in tmp_path.glob("*.npy") if json.loads(p.with_suffix(".json").read_text())["keys"] == ["a"])
-    data = shard.read_bytes()
-    shard.unlink() if damage == "remove" else shard.write_bytes(data[:-9] + (b"x" * 9 if damage == "flip" else b""))
-    again = FeatureStore(tmp_path)
-    assert again.missing(["a", "b"]) == ["a"]
-
-
-def test_features_of_another_dtype_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="float16"):
-        FeatureStore(tmp_path).write(["a"], features(1).astype(np.float32))
 
 
 def test_an_artifact_is_reused_only_for_equal_inputs(tmp_path: Path) -> None:
@@ -152,23 +106,6 @@ def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
 def test_without_a_bundle_latest_says_how_to_make_one() -> None:
     with pytest.raises(BundleError, match="make demo"):
         Bundle.latest()
-
-
-@pytest.mark.parametrize("index", ["{", "[]", '{"sha256": "%s"}', '{"keys": ["a", "b"], "sha256": "%s"}'])
-def test_a_damaged_index_is_never_used(index: str, tmp_path: Path) -> None:
-    FeatureStore(tmp_path).write(["a"], features(1))
-    path = next(tmp_path.glob("*.json"))
-    path.write_text(index.replace("%s", json.loads(path.read_text())["sha256"]))
-    assert FeatureStore(tmp_path).missing(["a", "b"]) == ["a", "b"]
-
-
-def test_a_shard_that_was_damaged_can_be_written_again(tmp_path: Path) -> None:
-    FeatureStore(tmp_path).write(["a"], features(1))
-    next(tmp_path.glob("*.npy")).write_bytes(b"")
-    FeatureStore(tmp_path).write(["a"], features(1, 7))
-    found = FeatureStore(tmp_path).get("a")
-    assert found is not None
-    assert np.array_equal(found, features(1, 7)[0])
 
 
 @pytest.mark.parametrize("manifest", ["[]", "{"])

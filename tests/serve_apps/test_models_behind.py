@@ -20,7 +20,7 @@ from mmllm_core.engine.transformers_engine import stop_token_ids
 from mmllm_core.errors import ConversationError, ImageError
 from mmllm_core.vision import decode_image
 from serve_apps.builder import load_serve_config
-from serve_apps.clip_app import ClipDeployment
+from serve_apps.clip_app import ClipDeployment, StoreReader
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.upload import Upload
@@ -119,11 +119,42 @@ def test_stored_features_are_served_instead_of_computed(bundle: Bundle, tmp_path
     encoder = bundle.load_vision()
     stored = np.full((1, encoder.n_patches, encoder.d_vision), 0.5, np.float16)
     FeatureStore(tmp_path).write([encoder.key(decode_image(PNG, 10_000))], stored)
-    clip = ClipDeployment(bundle.folder, CONFIG.clip.model_copy(update={"feature_store": tmp_path}))
+    clip = ClipDeployment(bundle.folder, CONFIG.clip.model_copy(update={"feature_store": str(tmp_path)}))
     found = asyncio.run(clip.encode([Upload(PNG, "p"), Upload(PNG, "p")]))
     assert found.dtype == np.float16
     assert found.flags.c_contiguous
     assert np.array_equal(found, np.concatenate([stored, stored]))
+
+
+def test_damaged_features_are_not_served(tmp_path: Path) -> None:
+    FeatureStore(tmp_path).write(["a-encoder", "b-encoder"], np.ones((2, 5, 8), np.float16))
+    array = next(tmp_path.glob("*.npy"))
+    array.write_bytes(array.read_bytes()[:-1] + b"x")
+    reader = StoreReader(tmp_path, "encoder", refresh_s=0)
+    assert asyncio.run(reader.get("a-encoder")) is not None
+    assert asyncio.run(reader.get("b-encoder")) is None
+
+
+def test_features_that_are_added_while_a_replica_runs_are_seen(tmp_path: Path) -> None:
+    stored = np.ones((1, 5, 8), np.float16)
+    location = tmp_path / "made later"
+    reader = StoreReader(location, "encoder", refresh_s=0)
+
+    async def read() -> None:
+        assert await reader.get("new-encoder") is None
+        FeatureStore(location).write(["new-encoder"], stored)
+        async with asyncio.timeout(30):
+            while (found := await reader.get("new-encoder")) is None:
+                await asyncio.sleep(0.01)
+        assert np.array_equal(found, stored[0])
+
+    asyncio.run(read())
+
+
+def test_a_store_that_is_not_refreshed_yet_shows_what_it_had(tmp_path: Path) -> None:
+    reader = StoreReader(tmp_path, "encoder", refresh_s=1e9)
+    FeatureStore(tmp_path).write(["new-encoder"], np.ones((1, 5, 8), np.float16))
+    assert [asyncio.run(reader.get("new-encoder")) for _ in range(3)] == [None] * 3
 
 
 def test_a_broken_image_names_its_field(bundle: Bundle) -> None:

@@ -81,9 +81,9 @@ def run(profile: Path) -> TrainedRun:
     stamp = weights.stat().st_mtime_ns
     assert train_clip(clip).stat().st_mtime_ns == stamp, "an equal recipe is not trained again"
     n_images = sum(len(easy_vqa.load_split(easy_vqa.fetch(), split)) for split in ("train", "test"))
-    written = embed_easy_vqa(str(profile))
+    written = embed_easy_vqa(str(profile)).new
     assert 0 < written <= n_images, "pictures with equal pixels are stored once"
-    assert embed_easy_vqa(str(profile)) == 0, "what is stored is not encoded again"
+    assert embed_easy_vqa(str(profile)).new == 0, "what is stored is not encoded again"
     return train(recipe(profile))
 
 
