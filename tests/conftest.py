@@ -4,7 +4,6 @@ Also the places in which a feature store can lie: a folder, memory, and a server
 """
 
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -180,8 +179,8 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The address of a moto server. Its own packages do not go with our pins, so it lives in another environment."""
-    program = os.environ.get("MMLLM_TEST_MOTO_SERVER") or shutil.which("moto_server")
-    if program is None:
+    program = os.environ.get("MMLLM_TEST_MOTO_SERVER")
+    if not program:
         pytest.skip("no moto_server: install moto[server] elsewhere and name it in MMLLM_TEST_MOTO_SERVER")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
