@@ -60,18 +60,22 @@ def train(recipe: str, overrides: Overrides = None, verbose: Verbose = False) ->
 
 @app.command()
 def embed(
-    profile: Annotated[str, typer.Option(help="Whose CLIP encodes.")] = "embedded",
+    recipe: Annotated[str, typer.Argument(help="Whose images, and whose profile's CLIP.")] = "embedded-instruct",
+    overrides: Overrides = None,
     workers: Annotated[int, typer.Option(min=1)] = 1,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")] = False,
     check: Annotated[bool, typer.Option(help="Read and check what is stored of the images already.")] = True,
     verbose: Verbose = False,
 ) -> None:
-    """Put the CLIP features of the training and test images into the feature store."""
+    """Put the CLIP features of a recipe's images into the feature store: exactly those that are missing."""
     from cluster.local import local_ray
-    from train_jobs.embed_images import EmbedOptions, embed_easy_vqa
+    from mmllm_core.config import parse_overrides
+    from train_jobs.embed_images import EmbedOptions, embed_recipe
+    from train_jobs.recipe import load_training_recipe
 
+    loaded = load_training_recipe(recipe, parse_overrides(overrides or []))
     with local_ray(verbose=verbose):
-        done = embed_easy_vqa(profile, EmbedOptions(workers=workers, skip_broken=skip_broken, verify=check))
+        done = embed_recipe(loaded, EmbedOptions(workers=workers, skip_broken=skip_broken, verify=check))
     for problem in done.broken:
         console.print(f"left out: {problem}", markup=False, highlight=False)
     console.print(f"{done.new} new features, {done.stored} stored already, {len(done.broken)} left out")

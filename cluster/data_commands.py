@@ -112,7 +112,7 @@ def _rendering(
 
 
 def _image_tokens(profile: "Profile") -> int:
-    """As `ClipEncoder.n_patches`, from the architecture alone: no weights are loaded, nor need they exist yet."""
+    """LM positions an image takes, by configs and CLIP's architecture: weights need not even exist yet."""
     from mmllm_core.config import ClipRecipe, TrainedSource
     from mmllm_core.models.resolve import resolve
     from mmllm_core.vision import read_clip_config
@@ -126,7 +126,7 @@ def _image_tokens(profile: "Profile") -> int:
     else:
         architecture = read_clip_config(resolve(vision.source, weights=False))["model_cfg"]
     side = architecture["vision_cfg"]["image_size"] // architecture["vision_cfg"]["patch_size"] // vision.merge
-    return side * side + int(vision.cls_token)
+    return profile.connector.n_tokens(side * side + int(vision.cls_token))
 
 
 def _print_report(report: "LintReport", rendering: "Rendering | None") -> None:

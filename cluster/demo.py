@@ -76,7 +76,7 @@ def run_demo(options: DemoOptions) -> None:
 
 def _train(options: DemoOptions) -> Bundle:
     """Steps 2 to 5."""
-    from train_jobs.embed_images import embed_easy_vqa
+    from train_jobs.embed_images import embed_recipe
     from train_jobs.recipe import load_recipe
     from train_jobs.train import train
     from train_jobs.train_clip import train_clip
@@ -90,7 +90,7 @@ def _train(options: DemoOptions) -> Bundle:
     assert isinstance(tuning, Recipe)
     console.print(f"  CLIP weights: [dim]{train_clip(clip_recipe)}[/dim]")
     _heading(3, "Precompute CLIP features")
-    console.print(f"  {embed_easy_vqa('embedded').new} images were new to the feature store")
+    console.print(f"  {embed_recipe(tuning).new} images were new to the feature store")
     _heading(4, "Tune the LM: QLoRA and connector, DeepSpeed ZeRO-2, two workers")
     run = train(tuning)
     console.print(f"  bundle: [dim]{run.bundle.folder}[/dim]")

@@ -121,6 +121,10 @@ class LinearConfig(StrictModel):
     """Layer norm over each feature before the layer; LLaVA has none."""
     bias: bool = True
 
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image of `n_features` features takes: one a feature."""
+        return n_features
+
 
 class MlpConfig(StrictModel):
     """Two linear layers with GELU between: LLaVA-1.5's `mlp2x_gelu`."""
@@ -130,6 +134,10 @@ class MlpConfig(StrictModel):
     """Layer norm over each feature before the first layer; LLaVA has none."""
     bias: bool = True
 
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image of `n_features` features takes: one a feature."""
+        return n_features
+
 
 class ResamplerConfig(StrictModel):
     """A Perceiver resampler: an image takes `n_queries` LM positions, however many features it has."""
@@ -138,6 +146,10 @@ class ResamplerConfig(StrictModel):
     n_queries: int = Field(default=64, gt=0)
     depth: int = Field(default=2, gt=0)
     head_dim: int = Field(default=64, gt=0)
+
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image takes: one a query."""
+        return self.n_queries
 
 
 class CrossAttentionConfig(StrictModel):
@@ -149,6 +161,10 @@ class CrossAttentionConfig(StrictModel):
     """Embeddings that layers attend to, resampled from an image's features."""
     depth: int = Field(default=2, gt=0)
     head_dim: int = Field(default=64, gt=0)
+
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image takes: one, which marks where it was put."""
+        return 1
 
 
 ConnectorConfig = Annotated[

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from mmllm_core.connectors import Connector, CrossAttentionConnector, Media
 from mmllm_core.connectors.cross_attention import last_image
 from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from mmllm_core.errors import ConfigError
+
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Settings by which Gemma 2, Cohere and Granite change logits once more."""
 
 
 class MultimodalLM(nn.Module):
@@ -21,14 +25,23 @@ class MultimodalLM(nn.Module):
     Args:
         lm: a Hugging Face causal LM, plain or wrapped by peft.
         connector: features (b, n, d_vision) -> embeddings (b, m, d_model).
+
+    Raises:
+        ConfigError: an LM that does more to logits than its head does, or one that the connector cannot be set into.
     """
 
     def __init__(self, lm: nn.Module, connector: Connector):
         super().__init__()
         self.lm = lm
         self.connector = connector
+        config = self.causal_lm.config
+        if rescaled := [name for name in _AFTER_THE_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]:
+            raise ConfigError(
+                f"'{config.model_type}' changes logits after its head ({rescaled[0]}), where the loss is taken: "
+                "choose another LM"
+            )
         if isinstance(connector, CrossAttentionConnector):
-            connector.attach(self.causal_lm.model)
+            connector.attach(self.causal_lm.base_model)
 
     @property
     def causal_lm(self) -> Any:
@@ -100,7 +113,7 @@ class MultimodalLM(nn.Module):
         embeddings = self.embed(input_ids, features)
         self._show(self.media(input_ids, features, position_ids))
         # Without a mask, transformers takes positions that start again for the borders of packed sequences.
-        hidden = self.causal_lm.model(
+        hidden = self.causal_lm.base_model(
             inputs_embeds=embeddings,
             attention_mask=attention_mask if position_ids is None else None,
             position_ids=position_ids,
@@ -108,7 +121,7 @@ class MultimodalLM(nn.Module):
         ).last_hidden_state  # (b, t, d_model)
         targets = labels[:, 1:]  # position i predicts token i + 1
         supervised = targets != IGNORE_INDEX
-        logits = self.causal_lm.lm_head(hidden[:, :-1][supervised])  # (n_supervised, vocab)
+        logits = self.causal_lm.get_output_embeddings()(hidden[:, :-1][supervised])  # (n_supervised, vocab)
         return nn.functional.cross_entropy(logits.float(), targets[supervised], reduction="sum")
 
     @torch.inference_mode()

@@ -1,12 +1,13 @@
 """Precompute CLIP features into the feature store: a Ray Data pipeline over an actor pool.
 
-In: image files and a profile. Out: new shards in the store, for exactly the images whose features it lacks or holds
-damaged. Pictures with equal pixels are encoded once, whichever worker meets them; a run that was cut short leaves
-whole shards, and the next one computes the rest.
+In: image files, or the recipe that wants them. Out: new shards in the store, for exactly the images whose features it
+lacks or holds damaged. Pictures with equal pixels are encoded once, whichever worker meets them; a run that was cut
+short leaves whole shards, and the next one computes the rest.
 
-Run it as `mmllm embed` or `ray job submit -- python -m train_jobs.embed_images`.
+Run it as `mmllm embed RECIPE` or `ray job submit -- python -m train_jobs.embed_images RECIPE`.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ import ray
 import ray.data
 from PIL import Image
 
-from mmllm_core.config import VisionConfig
+from mmllm_core.config import Recipe, VisionConfig, parse_overrides
 from mmllm_core.data import easy_vqa
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.data.image_keys import ImageKeys
+from mmllm_core.data.mixture import image_paths
 from mmllm_core.errors import ImageError, TrainingError
 from mmllm_core.models.home import features_folder, image_keys
 from mmllm_core.models.profile import load_profile
@@ -28,6 +30,7 @@ from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import ClipEncoder, content_key
 from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
 from train_jobs.progress import progress_bar
+from train_jobs.recipe import load_training_recipe
 
 NEW, STORED, BROKEN = "new", "stored", "broken"
 
@@ -182,16 +185,26 @@ class _Embedder:
         return image
 
 
-def embed_easy_vqa(profile_name: str, options: EmbedOptions = EmbedOptions()) -> Embedded:
-    """Embed both splits of easy-VQA with a profile's CLIP."""
-    vision = load_profile(profile_name).vision
-    data = easy_vqa.fetch()
-    splits: tuple[easy_vqa.Split, ...] = ("train", "test")
-    paths = [image.image for split in splits for image in easy_vqa.load_split(data, split)]
+def embed_recipe(recipe: Recipe, options: EmbedOptions = EmbedOptions()) -> Embedded:
+    """Embed the images that a recipe trains on and is evaluated on, with its profile's CLIP.
+
+    Raises:
+        TrainingError, FeatureStoreError: as `embed_images`.
+        DataError: a file that the recipe names cannot be read.
+    """
+    vision = load_profile(recipe.profile).vision
+    paths = list(image_paths(recipe.data))
+    if recipe.evaluation_questions:
+        paths += [image.image for image in easy_vqa.load_split(easy_vqa.fetch(), "test")]
     return embed_images(paths, vision, resolve(vision.source), options)
 
 
-if __name__ == "__main__":
-    import sys
+def main() -> None:
+    """Entry point of `python -m train_jobs.embed_images RECIPE [key=value ...]`."""
+    if len(sys.argv) < 2:
+        raise SystemExit("usage: python -m train_jobs.embed_images RECIPE [key=value ...]")
+    print(embed_recipe(load_training_recipe(sys.argv[1], parse_overrides(sys.argv[2:]))))
 
-    print(embed_easy_vqa(sys.argv[1] if len(sys.argv) > 1 else "embedded"))
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 Knows Ray Train and the hardware; nothing of models or data.
 """
 
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ def run_workers(
         TrainingError: a worker failed; the message is the cause's own.
         EnvironmentLack: the cluster is too small.
     """
+    gc.collect()  # a Ray Data job that failed before holds its actors' CPUs until Python collects them
     use_gpu = has_gpus(workers)
     there = int(ray.cluster_resources().get("CPU", 0))
     if not use_gpu and there < workers * cpus:
@@ -81,6 +83,7 @@ def prepare_ray_data() -> None:
     """Leave the screen to our own bars, and let a worker's exception come through as it was raised."""
     import ray.data
 
+    gc.collect()  # as before Ray Train's workers
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True

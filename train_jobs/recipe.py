@@ -29,3 +29,15 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe | 
         raise ConfigError(f"recipe '{name}' is unknown: choose one of {', '.join(recipe_names())} or give a YAML file")
     trains_clip = "architecture" in (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
     return load_config(ClipRecipe, path, overrides) if trains_clip else load_config(Recipe, path, overrides)
+
+
+def load_training_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe:
+    """Load a recipe that trains the multimodal LM.
+
+    Raises:
+        ConfigError: as `load_recipe`, or the recipe trains CLIP.
+    """
+    recipe = load_recipe(name, overrides)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe '{name}' trains CLIP and takes no conversations: name one that trains the LM")
+    return recipe

@@ -42,5 +42,5 @@ class StoredFeatures:
             self._store.refresh()
             found = self._store.get(key)
         if found is None:
-            raise TrainingError(f"{path}: no stored features that are whole: run 'mmllm embed' first")
+            raise TrainingError(f"{path}: no stored features that are whole: run 'mmllm embed RECIPE' first")
         return found

@@ -26,7 +26,7 @@ from mmllm_core.vision import ClipEncoder
 from train_jobs.deepspeed_ops import build_ops, worker_environment
 from train_jobs.launch import has_gpus, run_workers
 from train_jobs.progress import following, read_metrics
-from train_jobs.recipe import load_recipe
+from train_jobs.recipe import load_training_recipe
 from train_jobs.train_loop import LoopConfig, load_trained, train_loop
 
 
@@ -125,10 +125,7 @@ def main() -> None:
     """Entry point of `python -m train_jobs.train RECIPE [key=value ...]`."""
     if len(sys.argv) < 2:
         raise SystemExit("usage: python -m train_jobs.train RECIPE [key=value ...]")
-    recipe = load_recipe(sys.argv[1], parse_overrides(sys.argv[2:]))
-    if not isinstance(recipe, Recipe):
-        raise SystemExit(f"recipe '{sys.argv[1]}' trains CLIP: run it with train_jobs.train_clip")
-    print(train(recipe).bundle.folder)
+    print(train(load_training_recipe(sys.argv[1], parse_overrides(sys.argv[2:]))).bundle.folder)
 
 
 if __name__ == "__main__":

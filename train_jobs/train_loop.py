@@ -20,7 +20,8 @@ from mmllm_core.config import ConnectorConfig, Profile, Recipe
 from mmllm_core.conversation import Message, Rendered, render
 from mmllm_core.data import easy_vqa
 from mmllm_core.data.mixture import training_samples
-from mmllm_core.errors import TrainingError
+from mmllm_core.data.sample import Sample
+from mmllm_core.errors import ConversationError, TrainingError
 from train_jobs.launch import worker_device
 from train_jobs.progress import MetricsLog, Stopwatch
 from train_jobs.schedule import warmup_cosine
@@ -260,8 +261,14 @@ def _batches(
     from mmllm_core.data.batching import Encoded, batches
 
     share = training_samples(recipe.data, recipe.seed, start=rank, step=world)
-    encoded = (Encoded(rendering(s.messages), tuple(features(image) for image in s.images)) for s in share)
-    return batches(encoded, recipe.batching, micro_batch=recipe.micro_batch, seed=recipe.seed)
+
+    def encode(sample: Sample) -> Encoded:
+        try:
+            return Encoded(rendering(sample.messages), tuple(features(image) for image in sample.images))
+        except ConversationError as error:
+            raise TrainingError(f"sample '{sample.id}': {error}") from error
+
+    return batches(map(encode, share), recipe.batching, micro_batch=recipe.micro_batch, seed=recipe.seed)
 
 
 def _save_trained(model: "MultimodalLM", folder: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmllm_core.config import ConnectorConfig
+
 
 @dataclass(frozen=True)
 class LmShape:
@@ -32,18 +34,20 @@ class Connector(nn.Module):
     """Features (b, n, d_vision) -> embeddings (b, m, d_model).
 
     Args:
+        config: which connector this is, and of what size.
         d_vision: width of a feature.
         d_model: width of an LM embedding.
     """
 
-    def __init__(self, d_vision: int, d_model: int):
+    def __init__(self, config: ConnectorConfig, d_vision: int, d_model: int):
         super().__init__()
+        self.config = config
         self.d_vision = d_vision
         self.d_model = d_model
 
     def n_tokens(self, n_features: int) -> int:
         """LM positions that an image of `n_features` features takes."""
-        raise NotImplementedError
+        return self.config.n_tokens(n_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Embeddings (b, m, d_model) of features (b, n, d_vision), in the connector's own dtype."""

@@ -48,7 +48,7 @@ class CrossAttentionConnector(Connector):
     """
 
     def __init__(self, config: CrossAttentionConfig, d_vision: int, lm: LmShape):
-        super().__init__(d_vision, lm.d_model)
+        super().__init__(config, d_vision, lm.d_model)
         if config.every_k_layers > lm.n_layers:
             raise ConfigError(
                 f"connector.every_k_layers: {config.every_k_layers} and the LM has only {lm.n_layers} layers: lower it"
@@ -67,10 +67,6 @@ class CrossAttentionConnector(Connector):
         """From the resampler's width to the LM's."""
         return self.linear
 
-    def n_tokens(self, n_features: int) -> int:
-        """One position, which marks where the image was put."""
-        return 1
-
     def place(self, features: Tensor) -> Tensor:
         """The marker, once for each image: (n_images, 1, d_model)."""
         return self.marker.expand(len(features), 1, -1)
@@ -80,7 +76,16 @@ class CrossAttentionConnector(Connector):
         return self.linear(self.resampler(features.to(self.dtype)))
 
     def attach(self, decoder: Any) -> None:
-        """Let the layers of a Hugging Face decoder (`causal_lm.model`) pass through the blocks."""
+        """Let the layers of a Hugging Face decoder (`causal_lm.base_model`) pass through the blocks.
+
+        Raises:
+            ConfigError: the decoder keeps its layers elsewhere than Llama, Phi and most others do.
+        """
+        if not hasattr(decoder, "layers"):
+            raise ConfigError(
+                f"connector cross_attention: {type(decoder).__name__} has no 'layers' to stand before: choose another "
+                "connector or LM"
+            )
         for index, block in self.blocks.items():
             decoder.layers[int(index)].register_forward_pre_hook(self._hook(index, block))
 

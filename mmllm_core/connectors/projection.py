@@ -13,7 +13,7 @@ class LinearConnector(Connector):
     """One linear layer, as in the first LLaVA (Liu et al., 2023, arXiv:2304.08485)."""
 
     def __init__(self, config: LinearConfig, d_vision: int, lm: LmShape):
-        super().__init__(d_vision, lm.d_model)
+        super().__init__(config, d_vision, lm.d_model)
         self.norm = nn.LayerNorm(d_vision) if config.input_norm else nn.Identity()
         self.linear = nn.Linear(d_vision, lm.d_model, bias=config.bias)
 
@@ -21,10 +21,6 @@ class LinearConnector(Connector):
     def last_layer(self) -> nn.Linear:
         """The only layer."""
         return self.linear
-
-    def n_tokens(self, n_features: int) -> int:
-        """One position a feature."""
-        return n_features
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features (b, n, d_vision) to embeddings (b, n, d_model)."""
@@ -35,7 +31,7 @@ class MlpConnector(Connector):
     """Two linear layers with GELU between: `mlp2x_gelu` of LLaVA-1.5 (Liu et al., 2023, arXiv:2310.03744)."""
 
     def __init__(self, config: MlpConfig, d_vision: int, lm: LmShape):
-        super().__init__(d_vision, lm.d_model)
+        super().__init__(config, d_vision, lm.d_model)
         self.norm = nn.LayerNorm(d_vision) if config.input_norm else nn.Identity()
         self.linear_1 = nn.Linear(d_vision, lm.d_model, bias=config.bias)
         self.linear_2 = nn.Linear(lm.d_model, lm.d_model, bias=config.bias)
@@ -44,10 +40,6 @@ class MlpConnector(Connector):
     def last_layer(self) -> nn.Linear:
         """The second layer."""
         return self.linear_2
-
-    def n_tokens(self, n_features: int) -> int:
-        """One position a feature."""
-        return n_features
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features (b, n, d_vision) to embeddings (b, n, d_model)."""

@@ -15,7 +15,7 @@ class ResamplerConnector(Connector):
     """Learned queries that read the features; the queries' outputs are spliced into the prompt."""
 
     def __init__(self, config: ResamplerConfig, d_vision: int, lm: LmShape):
-        super().__init__(d_vision, lm.d_model)
+        super().__init__(config, d_vision, lm.d_model)
         self.resampler = PerceiverResampler(config, d_vision)
         self.linear = nn.Linear(d_vision, lm.d_model)
 
@@ -23,10 +23,6 @@ class ResamplerConnector(Connector):
     def last_layer(self) -> nn.Linear:
         """From the resampler's width to the LM's."""
         return self.linear
-
-    def n_tokens(self, n_features: int) -> int:
-        """One position a query, however many features there are."""
-        return self.resampler.n_queries
 
     def forward(self, features: Tensor) -> Tensor:
         """Resample features (b, n, d_vision) to embeddings (b, n_queries, d_model)."""
@@ -43,7 +39,6 @@ class PerceiverResampler(nn.Module):
 
     def __init__(self, config: ResamplerConfig, d_vision: int):
         super().__init__()
-        self.n_queries = config.n_queries
         self.queries = nn.Parameter(torch.randn(config.n_queries, d_vision) * d_vision**-0.5)
         self.blocks = nn.ModuleList(_ResamplerBlock(d_vision, config.head_dim) for _ in range(config.depth))
         self.norm = nn.LayerNorm(d_vision)

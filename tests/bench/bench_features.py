@@ -4,8 +4,8 @@ In: an image size and a vision tower (random weights: what it computes costs the
 for each image of both, their ratio, and what checking every row adds to a read. Computing starts at the decoded image,
 as a read does: both sides have decoded it to know its key.
 
-    python tests/bench/bench_features.py                   # the embedded CLIP: 64 px, patch 8, width 96, 3 blocks
-    python tests/bench/bench_features.py --tower vit-b-32  # ViT-B/32, 224 px
+    python -m tests.bench.bench_features                   # the embedded CLIP: 64 px, patch 8, width 96, 3 blocks
+    python -m tests.bench.bench_features --tower vit-b-32  # ViT-B/32, 224 px
 """
 
 import argparse
@@ -34,7 +34,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     "embedded": {"image_size": 64, "patch_size": 8, "width": 96, "layers": 3, "head_width": 32},
     "vit-b-32": {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12, "head_width": 64},
 }
-MERGE = {"embedded": 2, "vit-b-32": 1}
+MERGE = {"embedded": 4, "vit-b-32": 1}
 SHARD = 128
 """Images of a shard, as `embed_images` writes them."""
 

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from mmllm_core.config import MlpConfig
+from mmllm_core.config import CrossAttentionConfig, MlpConfig
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from mmllm_core.errors import ConfigError
 from mmllm_core.model import MultimodalLM
 from tests.conftest import TinyLM
 
-FAMILIES = ["llama", "phi3", "phi"]
+FAMILIES = ["llama", "phi3", "phi", "qwen2", "gpt2", "gpt_neox"]
 
 
 @pytest.fixture(params=FAMILIES)
@@ -51,6 +52,17 @@ def test_loss_equals_cross_entropy_over_full_logits(model: MultimodalLM) -> None
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
     assert torch.allclose(loss, expected, atol=1e-4)
+
+
+def test_an_lm_that_changes_logits_after_its_head_is_refused(tiny_lm: TinyLM) -> None:
+    with pytest.raises(ConfigError, match="logits_scaling"):
+        MultimodalLM(tiny_lm("granite", logits_scaling=8.0), build_connector(MlpConfig(), 32, LmShape(64, 2)))
+
+
+def test_an_lm_without_layers_by_that_name_cannot_be_looked_into(tiny_lm: TinyLM) -> None:
+    connector = build_connector(CrossAttentionConfig(every_k_layers=1), 32, LmShape(64, 2))
+    with pytest.raises(ConfigError, match="GPT2Model has no 'layers'"):
+        MultimodalLM(tiny_lm("gpt2"), connector)
 
 
 def test_gradients_reach_the_connector_through_a_frozen_lm(model: MultimodalLM) -> None:

@@ -17,7 +17,7 @@ from mmllm_core.errors import TrainingError
 from mmllm_core.models.home import home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
-from train_jobs.embed_images import embed_easy_vqa, embed_images
+from train_jobs.embed_images import embed_images, embed_recipe
 from train_jobs.evaluate import evaluate
 from train_jobs.train import TrainedRun, train
 from train_jobs.train_clip import train_clip
@@ -81,9 +81,9 @@ def run(profile: Path) -> TrainedRun:
     stamp = weights.stat().st_mtime_ns
     assert train_clip(clip).stat().st_mtime_ns == stamp, "an equal recipe is not trained again"
     n_images = sum(len(easy_vqa.load_split(easy_vqa.fetch(), split)) for split in ("train", "test"))
-    written = embed_easy_vqa(str(profile)).new
+    written = embed_recipe(recipe(profile)).new
     assert 0 < written <= n_images, "pictures with equal pixels are stored once"
-    assert embed_easy_vqa(str(profile)).new == 0, "what is stored is not encoded again"
+    assert embed_recipe(recipe(profile)).new == 0, "what is stored is not encoded again"
     return train(recipe(profile))
 
 

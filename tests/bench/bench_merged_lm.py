@@ -1,4 +1,6 @@
-"""How much faster a bundle decodes once its LM is merged: `python -m tests.bench.merged_lm [BUNDLE] [--tokens 32]`.
+"""How much faster a bundle decodes once its LM is merged.
+
+Run it as `python -m tests.bench.bench_merged_lm [BUNDLE] [--tokens 32]`.
 
 Loads the bundle (the last one if none is given), merges a second copy of its LM in memory, and lets both decode the
 same prompt in turns. Prints tokens a second of each, the ratio of their medians, and the same as JSON.
