@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 CLIP_CONFIG = "open_clip_config.json"
 CLIP_WEIGHTS = "open_clip_model.safetensors"
+MAX_ASPECT_RATIO = 100
+"""Longer side over shorter: CLIP's preprocessing scales the shorter side up, and crops the longer one only then."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
@@ -38,7 +40,8 @@ def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Imag
         param: the request field that the bytes came from, for the error.
 
     Raises:
-        ImageError: empty, not one of `IMAGE_FORMATS`, truncated, or larger than `max_pixels`.
+        ImageError: empty, not one of `IMAGE_FORMATS`, truncated, larger than `max_pixels`, or a strip longer than
+            `MAX_ASPECT_RATIO`.
     """
     if not data:
         raise ImageError("the image is empty", param)
@@ -50,6 +53,12 @@ def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Imag
                 raise ImageError(
                     f"the image has {image.width}x{image.height} pixels and at most {max_pixels} are allowed: "
                     "send a smaller one",
+                    param,
+                )
+            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                raise ImageError(
+                    f"the image has {image.width}x{image.height} pixels and one side may be at most "
+                    f"{MAX_ASPECT_RATIO} times the other: cut it",
                     param,
                 )
             image = ImageOps.exif_transpose(image)

@@ -186,7 +186,7 @@ class _Embedder:
 
 
 def embed_recipe(recipe: Recipe, options: EmbedOptions = EmbedOptions()) -> Embedded:
-    """Embed the images that a recipe trains on and is evaluated on, with its profile's CLIP.
+    """Embed the images that a recipe aligns, trains and is evaluated on, with its profile's CLIP.
 
     Raises:
         TrainingError, FeatureStoreError: as `embed_images`.
@@ -194,9 +194,11 @@ def embed_recipe(recipe: Recipe, options: EmbedOptions = EmbedOptions()) -> Embe
     """
     vision = load_profile(recipe.profile).vision
     paths = list(image_paths(recipe.data))
-    if recipe.evaluation_questions:
-        paths += [image.image for image in easy_vqa.load_split(easy_vqa.fetch(), "test")]
-    return embed_images(paths, vision, resolve(vision.source), options)
+    splits: dict[easy_vqa.Split, int] = {"train": recipe.word_alignment_steps, "test": recipe.evaluation_questions}
+    for split, wanted in splits.items():
+        if wanted:
+            paths += [image.image for image in easy_vqa.load_split(easy_vqa.fetch(), split)]
+    return embed_images(dict.fromkeys(paths), vision, resolve(vision.source), options)
 
 
 def main() -> None:

@@ -9,9 +9,10 @@ Run it as `mmllm train embedded-instruct` or `ray job submit -- python -m train_
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
-from mmllm_core.config import Recipe, parse_overrides
+from mmllm_core.config import Profile, Recipe, parse_overrides
 from mmllm_core.connectors import LmShape
 from mmllm_core.data import easy_vqa
 from mmllm_core.data.mixture import data_hashes, training_samples
@@ -30,6 +31,11 @@ from train_jobs.recipe import load_training_recipe
 from train_jobs.train_loop import LoopConfig, load_trained, train_loop
 
 
+def runs_folder() -> Path:
+    """Where runs leave their logs and plots."""
+    return home() / "runs"
+
+
 @dataclass(frozen=True)
 class TrainedRun:
     """What a run left behind."""
@@ -42,7 +48,7 @@ class TrainedRun:
 
 
 def train(recipe: Recipe) -> TrainedRun:
-    """Train one stage, or reuse the bundle that an equal recipe, equal features and equal data made before.
+    """Train one stage, or reuse the bundle that equal recipe, profile, features and data made before.
 
     Raises:
         TrainingError: a worker failed; the message is the cause's own.
@@ -51,14 +57,15 @@ def train(recipe: Recipe) -> TrainedRun:
         DataError: a file that the recipe names cannot be learned from.
     """
     profile = load_profile(recipe.profile)
-    folder = home() / "runs" / recipe.name
+    folder = runs_folder() / recipe.name
     vision_weights = resolve(profile.vision.source)
     encoder = ClipEncoder(profile.vision, vision_weights)
     hashes = data_hashes(recipe.data)
-    if (finished := _finished_run(recipe, encoder.fingerprint, hashes, folder)) is not None:
+    if (finished := _finished_run(recipe, profile, encoder.fingerprint, hashes)) is not None:
         return finished
     language_weights = resolve(profile.language.source)
-    data = easy_vqa.fetch()
+    if recipe.evaluation_questions or recipe.word_alignment_steps:
+        easy_vqa.fetch()
     next(training_samples(recipe.data, recipe.seed))  # files are checked and converted before any worker starts
     gpu = has_gpus(recipe.workers)
     if not gpu:
@@ -69,7 +76,6 @@ def train(recipe: Recipe) -> TrainedRun:
         recipe=recipe.model_dump(mode="json"),
         profile=profile.model_dump(mode="json"),
         language_weights=str(language_weights),
-        data=str(data),
         features=features_folder(),
         fingerprint=encoder.fingerprint,
         d_vision=encoder.d_vision,
@@ -98,7 +104,7 @@ def train(recipe: Recipe) -> TrainedRun:
         bundle = save_bundle(
             info, connector, load_tokenizer(language_weights), adapter=adapter, vision_weights=vision_weights
         )
-    run = _read_run(bundle, folder)
+    run = _read_run(bundle)
     plot_loss(read_metrics(log), folder / "loss.png", f"{recipe.name}: training loss")
     if run.after:
         scores = {"always the commonest": run.baseline, "before tuning": run.before, "after tuning": run.after}
@@ -106,17 +112,24 @@ def train(recipe: Recipe) -> TrainedRun:
     return run
 
 
-def _finished_run(recipe: Recipe, fingerprint: str, hashes: dict[str, str], folder: Path) -> TrainedRun | None:
+def _finished_run(recipe: Recipe, profile: Profile, fingerprint: str, hashes: dict[str, str]) -> TrainedRun | None:
     try:
         bundle = Bundle.open(bundles_folder() / recipe.name)
     except BundleError:
         return None
-    made_from = (bundle.info.recipe, bundle.info.feature_fingerprint, bundle.info.data)
-    same = made_from == (recipe.model_dump(mode="json"), fingerprint, hashes)
-    return _read_run(bundle, folder) if same else None
+    info = bundle.info
+    made_from = (info.recipe, _comparable(info.profile), info.feature_fingerprint, info.data)
+    same = made_from == (recipe.model_dump(mode="json"), _comparable(profile), fingerprint, hashes)
+    return _read_run(bundle) if same else None
 
 
-def _read_run(bundle: Bundle, folder: Path) -> TrainedRun:
+def _comparable(profile: Profile) -> dict[str, Any]:
+    """A profile but for where its CLIP lies: a bundle carries that, and the fingerprint tells it apart."""
+    return profile.model_dump(mode="json", exclude={"vision": {"source"}})
+
+
+def _read_run(bundle: Bundle) -> TrainedRun:
+    folder = runs_folder() / bundle.info.name
     scores = bundle.info.metrics.get("accuracy", {})
     return TrainedRun(bundle, folder, *(scores_from_json(scores.get(k, {})) for k in ("before", "after", "baseline")))
 

@@ -6,6 +6,7 @@ and accuracy before and after. Does not know bundles or plots.
 
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,6 @@ class LoopConfig:
     recipe: dict[str, Any]
     profile: dict[str, Any]
     language_weights: str
-    data: str
     features: str
     fingerprint: str
     d_vision: int
@@ -68,18 +68,18 @@ def train_loop(values: dict[str, Any]) -> None:
     torch.manual_seed(recipe.seed)
     model, tokenizer = _build_model(recipe, profile, config)
     features = StoredFeatures(config.features, config.fingerprint, profile.vision.max_pixels)
-    evaluator = _Evaluator(recipe, Path(config.data), features, tokenizer, rank, world)
+    evaluator = _Evaluator(recipe, features, tokenizer, rank, world)
     if log:
         log.write(phase="asking before tuning")
     before = evaluator(model)
     if recipe.word_alignment_steps:
-        _align_to_words(model, tokenizer, recipe, Path(config.data), features)
+        _align_to_words(model, tokenizer, recipe, features)
     engine = _initialise_deepspeed(model, recipe)
     rendering = partial(
         render,
         tokenizer=tokenizer,
         n_image_tokens=model.connector.n_tokens(config.n_patches),
-        max_length=profile.language.context_length,
+        max_length=min(profile.language.context_length, recipe.batching.pack_tokens or sys.maxsize),
         generation_prompt=False,
     )
     batches = _batches(recipe, features, rendering, rank, world)
@@ -128,8 +128,9 @@ def load_trained(
 class _Evaluator:
     """Asks this worker's share of the held-out questions and adds up the shares of all."""
 
-    def __init__(self, recipe: Recipe, data: Path, features: StoredFeatures, tokenizer: Any, rank: int, world: int):
-        self._questions = easy_vqa.held_out_questions(data, recipe.evaluation_questions, recipe.seed)
+    def __init__(self, recipe: Recipe, features: StoredFeatures, tokenizer: Any, rank: int, world: int):
+        limit = recipe.evaluation_questions
+        self._questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, recipe.seed) if limit else []
         self._share = self._questions[rank::world]
         self._features = features
         self._tokenizer = tokenizer
@@ -182,15 +183,13 @@ def _build_model(
     return model.train(), load_tokenizer(folder)
 
 
-def _align_to_words(
-    model: "MultimodalLM", tokenizer: Any, recipe: Recipe, data: Path, features: StoredFeatures
-) -> None:
+def _align_to_words(model: "MultimodalLM", tokenizer: Any, recipe: Recipe, features: StoredFeatures) -> None:
     """Every worker does the same, so that all start from equal weights."""
     import torch
 
     from mmllm_core.word_alignment import align_to_words
 
-    captioned = [(image.image, image.caption) for image in easy_vqa.load_split(data, "train")]
+    captioned = [(image.image, image.caption) for image in easy_vqa.load_split(easy_vqa.fetch(), "train")]
     found = [(features(path), caption) for path, caption in captioned if caption]
     dtype = model.connector.dtype
     align_to_words(

@@ -93,6 +93,8 @@ class CrossAttentionConnector(Connector):
         """Set what the LM looks at from now on; None for text alone.
 
         It stays until the next call, because gradient checkpointing runs layers again during the backward pass.
+        Checkpointing must not be reentrant (it is not by default): all layers look at one tensor, which reentrant
+        checkpointing would send gradients to more than once.
         """
         self._media = media
 
@@ -162,10 +164,12 @@ class GatedCrossAttention(nn.Module):
 
     def _keys_values(self, media: Media, name: str) -> tuple[Tensor, Tensor]:
         """Keys and values (1, h, n_images * m, d_head), computed once for all steps of a generation."""
-        if name in media.keys_values:
+        # Not under mere no_grad: a forward that is run again for its gradients must not find what was remembered.
+        remembers = torch.is_inference_mode_enabled()
+        if remembers and name in media.keys_values:
             return media.keys_values[name]
         flat = media.embeddings.to(self.to_kv.weight.dtype).flatten(0, 1).unsqueeze(0)  # (1, n_images * m, d_model)
         k, v = (split_heads(x, self.n_heads) for x in self.to_kv(flat).chunk(2, dim=-1))
-        if not torch.is_grad_enabled():
+        if remembers:
             media.keys_values[name] = (k, v)
         return k, v

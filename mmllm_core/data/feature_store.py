@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 _REQUESTS = 16
 """Requests to an object store at a time."""
 
+_LISTINGS = 10
+"""Listings that a refresh makes at most, while shards go on being moved beneath it."""
+
 _SPAN = 4
 """Rows read for each row that is wanted, at most, where that saves requests."""
 
@@ -77,17 +80,21 @@ class FeatureStore:
 
     def refresh(self) -> None:
         """Take in shards that other writers have added, and let go of those that were removed."""
+        for _ in range(_LISTINGS):
+            with self._lock:
+                known = set(self._shards)
+            listed = {file.name.removesuffix(INDEX) for file in self._location.list() if file.name.endswith(INDEX)}
+            names = {name for name in listed if self._fingerprint in (None, fingerprint_of(name))}
+            opened = each(self._location, self._open, sorted(names - known - self._unusable))
+            if None not in opened:
+                break
+            # A shard was removed since it was listed: where its rows went, only a new listing tells.
         with self._lock:
-            known = set(self._shards)
-        listed = {file.name.removesuffix(INDEX) for file in self._location.list() if file.name.endswith(INDEX)}
-        names = {name for name in listed if self._fingerprint in (None, fingerprint_of(name))}
-        added = each(self._location, self._open, sorted(names - known - self._unusable))
-        with self._lock:
+            for shard in opened:  # before what is gone goes: a key that moved is never without a place
+                if isinstance(shard, ShardIndex):
+                    self._add(shard)
             for name in known - names:
                 self._drop(name)
-            for shard in added:
-                if shard is not None:
-                    self._add(shard)
         if self._cache:
             self._cache.keep_only(listed)
 
@@ -152,14 +159,15 @@ class FeatureStore:
             if shard.decode(row, memoryview(data)[start : start + shard.row_bytes]) is None:
                 self.get(shard.keys[row])  # which has the last word, and reports
 
-    def _open(self, name: str) -> ShardIndex | None:
+    def _open(self, name: str) -> ShardIndex | DamagedIndex | None:
+        """A shard's index; None if it is not there any more."""
         try:
             return read_index(self._location, name)
-        except FileNotFoundError:  # removed since it was listed
+        except FileNotFoundError:
             return None
         except DamagedIndex as error:
             self._give_up(name, str(error))
-            return None
+            return error
 
     def _add(self, shard: ShardIndex) -> None:
         if shard.name in self._shards:  # another thread was faster
@@ -190,9 +198,10 @@ class FeatureStore:
         if place in others:
             others.remove(place)
         elif self._places.get(key) == place:
-            del self._places[key]
             if others:
                 self._places[key] = others.pop(0)
+            else:
+                del self._places[key]
         if others:
             self._other_copies[key] = others
 

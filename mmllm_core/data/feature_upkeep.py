@@ -7,6 +7,7 @@ alone what is younger than an age. Does not know bundles; the caller says which 
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -127,7 +128,9 @@ def verify(
             n_bytes += shard.n_bytes
             problem = _check(place, shard)
             if remove and problem and problem.rows is not None:
-                _rewrite(place, [(shard, sorted(set(range(len(shard.keys))) - set(problem.rows)))])
+                whole = sorted(set(range(len(shard.keys))) - set(problem.rows))
+                with suppress(FileNotFoundError):  # somebody collected it meanwhile
+                    _rewrite(place, [(shard, whole)])
         else:
             problem = shard
         if problem:
@@ -245,6 +248,10 @@ def _check(place: FeatureLocation, shard: ShardIndex) -> Damage | None:
     try:
         data = memoryview(place.read(shard.name + ARRAY))
     except FileNotFoundError:
+        try:
+            read_index(place, shard.name)
+        except FileNotFoundError:  # somebody collected the whole shard since it was listed
+            return None
         return Damage(shard.name, "its array is missing", None)
     n_rows = len(shard.keys)
     bad = tuple(r for r in range(n_rows) if shard.decode(r, data[shard.row_start(r) :][: shard.row_bytes]) is None)

@@ -50,7 +50,7 @@ class ImageKeys:
         """Pixel hash of a file that was decoded before and has not changed since, or None."""
         try:
             status = path.stat()
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             return None
         query = f"SELECT pixels FROM {_TABLE} WHERE path = ? AND size = ? AND mtime_ns = ?"
         found = self._execute(query, (os.path.abspath(path), status.st_size, status.st_mtime_ns))
@@ -67,10 +67,10 @@ class ImageKeys:
                 status = os.fstat(stream.fileno())
                 data = stream.read()
             image = decode_image(data, self._max_pixels)
-        except OSError as error:
-            raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
         pixels = pixel_hash(image)
         row = (os.path.abspath(path), status.st_size, status.st_mtime_ns, pixels)
         self._execute(f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?, ?)", row)

@@ -54,8 +54,12 @@ def read_rows(path: Path) -> Iterator[JsonRow]:
                 raise DataError(f"{path}: is UTF-16 or UTF-32 text: save it as UTF-8")
             stream.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
             start = start.removeprefix(codecs.BOM_UTF8).lstrip()
-            if not start:
-                raise DataError(f"{path}: is empty")
+            body = stream.tell()
+            while not start:
+                if not (chunk := stream.read(_CHUNK)):
+                    raise DataError(f"{path}: is empty")
+                start = chunk.lstrip()
+            stream.seek(body)
             yield from _array(stream, path) if start.startswith(b"[") else _lines(stream)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -81,10 +85,12 @@ def _array(stream: IO[bytes], path: Path) -> Iterator[JsonRow]:
     window = _Window(stream, path)
     window.take("[")
     if window.peek() == "]":
+        window.end()
         return
     for number in itertools.count(1):
         yield JsonRow(number, window.value(number))
         if window.peek() == "]":
+            window.end()
             return
         window.take(",", f"row {number}: a comma or a closing bracket must follow")
 
@@ -114,6 +120,12 @@ class _Window:
         if self.peek() != character:
             raise DataError(f"{self._path}: {otherwise}" + (": the file breaks off" if self._ended else ""))
         self._at += 1
+
+    def end(self) -> None:
+        """Take the closing bracket, after which nothing may follow."""
+        self.take("]")
+        if self.peek():
+            raise DataError(f"{self._path}: something follows the array's closing bracket: are these two files in one?")
 
     def value(self, number: int) -> Any:
         """Decode the value that comes next, reading on until it is whole."""

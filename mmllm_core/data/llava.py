@@ -42,7 +42,9 @@ def llava_record(value: Any) -> Record:
 
 
 def _images(value: dict[str, Any]) -> tuple[str, ...]:
-    names = value.get("image", value.get("images"))
+    names = value.get("image")
+    if names is None:  # tables that give all rows all columns fill what a row lacks with nulls
+        names = value.get("images")
     if names is None:
         return ()
     names = names if isinstance(names, list) else [names]

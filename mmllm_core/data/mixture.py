@@ -64,7 +64,7 @@ def image_paths(config: DataConfig) -> Iterator[Path]:
 
 
 def data_hashes(config: DataConfig) -> dict[str, str]:
-    """sha256 of each source's file (of easy-VQA: its package), by label. Images are known by their features' keys.
+    """sha256 of each source's file (of easy-VQA: its package), by label. Images are no part of it.
 
     Raises:
         DataError: a file cannot be read.

@@ -179,7 +179,11 @@ class TransformersEngine:
             inputs = {"input_ids": torch.tensor([[sequence.token_ids[-1]]], device=self._lm.device)}
         if self._cross_attention is not None:
             self._cross_attention.show(sequence.request.media)
-        output = self._lm(**inputs, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1)
+        try:
+            output = self._lm(**inputs, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1)
+        finally:
+            if self._cross_attention is not None:
+                self._cross_attention.show(None)
         sequence.cache = output.past_key_values
         return output.logits[0, -1].float()
 

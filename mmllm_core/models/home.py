@@ -22,7 +22,11 @@ def home() -> Path:
 
 def features_folder() -> str:
     """Where the feature store lies: a folder, or a URL such as `s3://bucket/prefix`."""
-    return os.environ.get("MMLLM_FEATURES") or str(home() / "features")
+    told = os.environ.get("MMLLM_FEATURES")
+    if told and "://" in told:
+        return told
+    # Workers of Ray Train run in folders of their own, where a relative path would mean another place.
+    return str(Path(told).expanduser().absolute() if told else home() / "features")
 
 
 def features_cache(location: str) -> Path:

@@ -182,3 +182,10 @@ def test_a_key_is_of_the_picture_and_of_the_encoder(tiny_clip: Callable[..., Pat
     assert first.key(picture()) == first.key(again)
     assert first.key(picture()) != first.key(picture(seed=1))
     assert first.key(picture()) != other.key(picture())
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (1010, 10)])
+def test_a_strip_that_preprocessing_would_blow_up_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match="at most 100 times"):
+        decode_image(encoded(Image.new("RGB", size)), 10**6, param="x")
+    assert decode_image(encoded(Image.new("RGB", (1000, 10))), 10**6).size == (1000, 10)

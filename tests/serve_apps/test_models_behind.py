@@ -94,6 +94,7 @@ def test_a_served_answer_is_the_trained_models_own(
     assert served == expected[0].tolist()
     assert len(served) == 24
     assert phi.load().running == 0
+    assert getattr(phi._model.connector, "_media", None) is None, "nothing of a request stays"
     assert beside == asyncio.run(
         _say(phi, Prompt("c", (Message.text("user", "Hi"),), None, SamplingParams(max_tokens=24)))
     )

@@ -11,7 +11,7 @@ import yaml
 
 from cluster.local import local_ray, quieten
 from mmllm_core.bundle import Bundle
-from mmllm_core.config import ClipRecipe, Recipe, parse_config
+from mmllm_core.config import ClipRecipe, LinearConfig, Recipe, parse_config
 from mmllm_core.data import easy_vqa
 from mmllm_core.errors import TrainingError
 from mmllm_core.models.home import home
@@ -120,6 +120,17 @@ def test_an_equal_recipe_reuses_the_bundle(run: TrainedRun, profile: Path) -> No
     again = train(recipe(profile))
     assert (again.bundle.folder / "bundle.json").stat().st_mtime_ns == before
     assert again.after == run.after
+
+
+def test_a_changed_profile_is_not_taken_for_the_one_that_was_trained(run: TrainedRun, profile: Path) -> None:
+    from mmllm_core.data.mixture import data_hashes
+    from train_jobs.train import _finished_run
+
+    settings, loaded, hashes = recipe(profile), load_profile(str(profile)), data_hashes(recipe(profile).data)
+    changed = loaded.model_copy(update={"connector": LinearConfig()})
+    fingerprint = run.bundle.info.feature_fingerprint
+    assert _finished_run(settings, loaded, fingerprint, hashes) is not None
+    assert _finished_run(settings, changed, fingerprint, hashes) is None
 
 
 def test_a_loss_that_is_not_finite_is_one_named_error(run: TrainedRun, profile: Path) -> None:

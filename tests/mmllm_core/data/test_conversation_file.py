@@ -66,6 +66,11 @@ def test_without_images_a_placeholder_is_text(write: WriteFile, row: dict[str, A
     assert sample.messages[0] == user("What is <image>?")
 
 
+def test_a_null_image_beside_a_list_of_images_hides_nothing(write: WriteFile) -> None:
+    sample = only(write([llava("1", "<image>\nWhat?", "A tag.") | {"image": None, "images": ["a.png"]}]))
+    assert [path.name for path in sample.images] == ["a.png"]
+
+
 def test_what_the_assistant_says_is_never_an_image(write: WriteFile) -> None:
     sample = only(write([llava("1", "<image>\nWhich tag?", "Write <image>.", image="a.png")]))
     assert sample.messages[1] == Message.text("assistant", "Write <image>.")

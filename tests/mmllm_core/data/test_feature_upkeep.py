@@ -149,6 +149,26 @@ def test_a_reader_with_a_mapped_shard_goes_on_reading(tmp_path: Path) -> None:
     assert np.array_equal(store.get(B), features(2)[1])
 
 
+def test_verifying_while_shards_are_moved_reports_no_damage(tmp_path: Path) -> None:
+    ended, reported = threading.Event(), []
+
+    def check() -> None:
+        while not ended.is_set():
+            reported.extend(verify(tmp_path, remove=True).damage)
+
+    for i in range(12):
+        FeatureStore(tmp_path).write([key(f"x{i}")], features(1, i))
+    thread = threading.Thread(target=check)
+    thread.start()
+    for i in range(20):
+        collect_garbage(tmp_path, NOW)
+        FeatureStore(tmp_path).write([key(f"y{i}")], features(1))
+    ended.set()
+    thread.join()
+    assert reported == []
+    assert len(FeatureStore(tmp_path)) == 32
+
+
 def test_readers_miss_nothing_while_shards_are_moved(location: str) -> None:
     store, lost, ended = FeatureStore(location), [], threading.Event()
     wanted = [key(f"x{i}") for i in range(12)]

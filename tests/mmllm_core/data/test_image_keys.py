@@ -57,6 +57,11 @@ def test_a_file_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Pa
         ImageKeys(tmp_path / "keys.sqlite", LIMIT).pixel_hash(path)
 
 
+def test_a_name_that_no_file_can_have_is_an_image_error(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="cannot be read"):
+        ImageKeys(tmp_path / "keys.sqlite", LIMIT).pixel_hash(tmp_path / "a\0.png")
+
+
 def test_a_memory_that_cannot_be_used_is_replaced_by_the_processs_own(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png")
     (tmp_path / "keys.sqlite").write_bytes(b"not a database" * 100)

@@ -86,6 +86,8 @@ def test_bytes_that_are_not_utf_8_arrive_as_surrogates(file: Path) -> None:
         (b'["a", {"b": }]', "row 2: is not JSON"),
         (b'["a", {"b": "c', "row 2: is not JSON"),
         (b'["a",]', "row 2: is not JSON"),
+        (b'["a"]["b"]', "something follows"),
+        (b"[]\n[]", "something follows"),
         (b"[" * 100_000, "nested too deeply"),
     ],
 )
@@ -95,6 +97,12 @@ def test_what_cannot_be_read_is_one_line_that_names_the_place(file: Path, text: 
         list(read_rows(file))
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b'["a"]', b'"a"'])
+def test_blank_space_may_lead_however_long(file: Path, text: bytes) -> None:
+    file.write_bytes(b"\n" * 10_000 + text + b"\n\n")
+    assert [row.value for row in read_rows(file)] == ["a"]
 
 
 def test_a_missing_file_is_a_data_error(tmp_path: Path) -> None:
