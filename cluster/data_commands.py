@@ -1,6 +1,7 @@
 """`mmllm data`: bring training data here, and find what is wrong with it. The work is done in `mmllm_core.data`."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
-from mmllm_core.errors import MmllmError
+from mmllm_core.errors import ConfigError, MmllmError
 
 if TYPE_CHECKING:
     from mmllm_core.config import Profile
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from mmllm_core.data.token_count import Rendering
 
 data = typer.Typer(help="Bring training data here, and check it.", no_args_is_help=True)
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=1_000)  # a pipe wants a line a row
 
 
 @data.command()
@@ -35,6 +36,11 @@ def prepare(
 ) -> None:
     """Fetch a dataset; run it again to go on after a broken download."""
     if dataset == "easy-vqa":
+        if folder or revision != "main" or not images:
+            raise ConfigError(
+                "easy-vqa comes whole from a package, pinned by hash, into MMLLM_HOME: give no --folder, --revision or "
+                "--no-images"
+            )
         from mmllm_core.data import easy_vqa
 
         console.print(f"{easy_vqa.fetch()}\nin a recipe: dataset: easy-vqa", highlight=False, soft_wrap=True)
@@ -104,6 +110,8 @@ def _rendering(
     from mmllm_core.data.token_count import Rendering
     from mmllm_core.models.resolve import resolve
 
+    if tokenizer and not tokenizer.is_dir():
+        raise ConfigError(f"--tokenizer {tokenizer}: no such folder")
     return Rendering(
         tokenizer=tokenizer or resolve(profile.language.source, weights=False),
         n_image_tokens=image_tokens or _image_tokens(profile),
@@ -159,7 +167,7 @@ def _print_samples(file: Path, rendering: "Rendering", n: int) -> None:
         title = (
             f"row {row}{f' ({id})' if id else ''}: {len(rendered.input_ids)} tokens, {rendered.n_supervised} supervised"
         )
-        console.rule(Text(_plain(title)), align="left")
+        console.print(Text(f"── {_plain(title)}", "bold"))
         text = Text()
         for piece, supervised in shown_pieces(rendered, tokenizer):
             marked = f"«{piece}»" if supervised and not coloured else piece

@@ -5,20 +5,21 @@ which encoder.
 """
 
 import json
+import sys
 from collections import defaultdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from mmllm_core.bundle import bundles_folder
 from mmllm_core.errors import BundleError, FeatureStoreError
 from mmllm_core.models.home import features_folder
 
 features_app = typer.Typer(help="What the feature store holds, whether it is whole, and what can go.")
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=1_000)  # a pipe wants a line a row
 
 Location = Annotated[
     str | None, typer.Option("--store", help="Folder or URL; by default MMLLM_FEATURES, else the home's own.")
@@ -32,7 +33,16 @@ def list_features(store: Location = None) -> None:
 
     location = store or features_folder()
     used = bundles_by_fingerprint()
-    table = Table("encoder", "images", "size", "features of an image", "shards", "used by", box=None, padding=(0, 2))
+    table = Table(
+        Column("encoder", no_wrap=True),
+        "images",
+        "size",
+        "features of an image",
+        "shards",
+        "used by",
+        box=None,
+        padding=(0, 2),
+    )
     for found in summarise(location):
         shapes = " or ".join(f"{rows} x {columns}" for rows, columns in sorted(found.shapes))
         users = escape(", ".join(used[found.fingerprint]) or "no bundle here")
@@ -57,11 +67,11 @@ def verify(
             location, remove=remove, progress=lambda done, total: status.update(f"checked {done} of {total} shards")
         )
     if found.damage:
-        table = Table("shard", "what is wrong", box=None, padding=(0, 2))
+        table = Table(Column("shard", overflow="fold"), "what is wrong", box=None, padding=(0, 2))
         for damage in found.damage:
             table.add_row(damage.name, escape(damage.reason))
         console.print(table, highlight=False)
-        fate = "removed: run 'mmllm embed' to compute it again" if remove else "never used: --remove drops it"
+        fate = "removed: run 'mmllm embed RECIPE' to compute it again" if remove else "never used: --remove drops it"
         console.print(f"{len(found.damage)} of {found.n_shards} shards are damaged; the damage is {fate}")
         raise typer.Exit(1)
     console.print(f"{found.n_rows:,} rows in {found.n_shards} shards ({_size(found.n_bytes)}) are whole")

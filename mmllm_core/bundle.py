@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from mmllm_core.artifact import STAMP, building
-from mmllm_core.config import Dtype, PathSource, Profile, Quantization, Sha256, Source, StrictModel, parse_config
+from mmllm_core.config import Dtype, Name, PathSource, Profile, Quantization, Sha256, Source, StrictModel, parse_config
 from mmllm_core.errors import BundleError
 from mmllm_core.models.home import home
 from mmllm_core.models.resolve import resolve
@@ -63,7 +63,7 @@ class BundleInfo(StrictModel):
     """`bundle.json`."""
 
     format: int = FORMAT
-    name: str
+    name: Name
     profile: Profile
     """As resolved: sources inside the bundle are relative paths."""
     d_vision: int

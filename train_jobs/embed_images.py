@@ -144,7 +144,7 @@ class _Embedder:
 
         def leave_out(row: int, error: ImageError) -> None:
             if not self._options.skip_broken:
-                raise TrainingError(str(error)) from error
+                raise TrainingError(f"{error}: mend it, or leave it out with --skip-broken") from error
             became[row], problems[row] = BROKEN, str(error)
 
         for row, path in enumerate(paths):

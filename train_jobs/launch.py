@@ -87,7 +87,9 @@ def prepare_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logger = logging.getLogger("ray.data")
+    if logger.level != logging.INFO:  # which was asked for
+        logger.setLevel(logging.CRITICAL)  # its errors are tracebacks of what is raised here anyway
 
 
 def worker_device() -> str:

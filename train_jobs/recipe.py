@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mmllm_core.config import ClipRecipe, Recipe, load_config
+from mmllm_core.config import ClipRecipe, Recipe, load_config, read_yaml
 from mmllm_core.errors import ConfigError
 
 _FOLDER = Path(__file__).parent / "recipes"
@@ -24,10 +22,12 @@ def load_recipe(name: str, overrides: dict[str, Any] | None = None) -> Recipe | 
     Raises:
         ConfigError: unknown name or a file that does not validate.
     """
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _FOLDER / f"{name}.yaml"
-    if not path.is_file():
+    is_file = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else _FOLDER / f"{name}.yaml"
+    if not is_file and name not in recipe_names():
         raise ConfigError(f"recipe '{name}' is unknown: choose one of {', '.join(recipe_names())} or give a YAML file")
-    trains_clip = "architecture" in (yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    values = read_yaml(path)
+    trains_clip = isinstance(values, dict) and "architecture" in values
     return load_config(ClipRecipe, path, overrides) if trains_clip else load_config(Recipe, path, overrides)
 
 

@@ -1,5 +1,6 @@
 """Features of image files, from the feature store."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from mmllm_core.config import VisionConfig
@@ -26,6 +27,17 @@ class StoredFeatures:
         self._store = FeatureStore(store, fingerprint, cache_bytes=features_cache_bytes())
         self._fingerprint = fingerprint
         self._keys = ImageKeys(image_keys(), max_pixels)
+
+    def known_lack(self, paths: Iterable[Path]) -> Path | None:
+        """The first image that is not there, or whose features are known not to be stored; nothing is decoded.
+
+        Of images that this machine never decoded nothing is known.
+        """
+        for path in paths:
+            pixels = self._keys.remembered(path)
+            if (pixels and content_key(pixels, self._fingerprint) not in self._store) or not path.is_file():
+                return path
+        return None
 
     def __call__(self, path: Path) -> Features:
         """Features (n_patches, d_vision) of an image file.

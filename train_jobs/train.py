@@ -15,7 +15,7 @@ from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
 from mmllm_core.config import Profile, Recipe, parse_overrides
 from mmllm_core.connectors import LmShape
 from mmllm_core.data import easy_vqa
-from mmllm_core.data.mixture import data_hashes, training_samples
+from mmllm_core.data.mixture import data_hashes, image_paths, training_samples
 from mmllm_core.errors import BundleError, TrainingError
 from mmllm_core.evaluation.accuracy import Scores, scores_from_json
 from mmllm_core.evaluation.plots import plot_accuracy, plot_loss
@@ -28,6 +28,7 @@ from train_jobs.deepspeed_ops import build_ops, worker_environment
 from train_jobs.launch import has_gpus, run_workers
 from train_jobs.progress import following, read_metrics
 from train_jobs.recipe import load_training_recipe
+from train_jobs.stored_features import StoredFeatures
 from train_jobs.train_loop import LoopConfig, load_trained, train_loop
 
 
@@ -67,6 +68,9 @@ def train(recipe: Recipe) -> TrainedRun:
     if recipe.evaluation_questions or recipe.word_alignment_steps:
         easy_vqa.fetch()
     next(training_samples(recipe.data, recipe.seed))  # files are checked and converted before any worker starts
+    features = StoredFeatures(features_folder(), encoder.fingerprint, profile.vision.max_pixels)
+    if (lacking := features.known_lack(image_paths(recipe.data))) is not None:
+        features(lacking)  # says what is wrong with it
     gpu = has_gpus(recipe.workers)
     if not gpu:
         build_ops()

@@ -265,7 +265,8 @@ def _batches(
         try:
             return Encoded(rendering(sample.messages), tuple(features(image) for image in sample.images))
         except ConversationError as error:
-            raise TrainingError(f"sample '{sample.id}': {error}") from error
+            limits = "the profile's language.context_length and the recipe's batching.pack_tokens"
+            raise TrainingError(f"sample '{sample.id}': {error}; {limits} set the limit") from error
 
     return batches(map(encode, share), recipe.batching, micro_batch=recipe.micro_batch, seed=recipe.seed)
 

@@ -18,6 +18,7 @@ from mmllm_core.config.profile import (
     LinearConfig,
     LoraConfig,
     MlpConfig,
+    Name,
     Origin,
     PackageSource,
     PathSource,
@@ -34,6 +35,7 @@ from mmllm_core.config.reading import (
     load_config,
     parse_config,
     parse_overrides,
+    read_yaml,
 )
 from mmllm_core.config.recipe import (
     BatchingConfig,
@@ -59,6 +61,7 @@ __all__ = [
     "LlavaData",
     "LoraConfig",
     "MlpConfig",
+    "Name",
     "Origin",
     "PackageSource",
     "PathSource",
@@ -74,4 +77,5 @@ __all__ = [
     "load_config",
     "parse_config",
     "parse_overrides",
+    "read_yaml",
 ]

@@ -10,6 +10,8 @@ from pydantic import Field
 
 from mmllm_core.config.reading import StrictModel
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""What a folder may be called: it never leads out of the place it is made in."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
 Quantization = Literal["none", "int8", "nf4"]
@@ -48,7 +50,7 @@ class TrainedSource(StrictModel):
     """Weights that a job of this project makes: the embedded CLIP."""
 
     kind: Literal["trained"] = "trained"
-    recipe: str
+    recipe: Name
 
 
 Source = Annotated[PackageSource | HubSource | PathSource | TrainedSource, Field(discriminator="kind")]

@@ -45,18 +45,27 @@ def load_config(model: type[ConfigT], path: Path, overrides: dict[str, Any] | No
     Raises:
         ConfigError: the file is missing, is not YAML, or holds an unknown key or a wrong value.
     """
+    values = read_yaml(path)
+    if isinstance(values, dict):
+        for dotted, value in (overrides or {}).items():
+            _set_dotted(values, dotted, value)
+    return parse_config(model, values, str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, not validated.
+
+    Raises:
+        ConfigError: the file is missing, cannot be read, or is not YAML.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if isinstance(values, dict):
-        for dotted, value in (overrides or {}).items():
-            _set_dotted(values, dotted, value)
-    return parse_config(model, values, str(path))
 
 
 def parse_overrides(items: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from mmllm_core.config.data import DataConfig
-from mmllm_core.config.profile import LoraConfig
+from mmllm_core.config.profile import LoraConfig, Name
 from mmllm_core.config.reading import StrictModel
 
 
@@ -15,7 +15,7 @@ class ClipRecipe(StrictModel):
     `architecture` is open_clip's own model config (embed_dim, vision_cfg, text_cfg).
     """
 
-    name: str
+    name: Name
     architecture: dict[str, Any]
     dataset: Literal["easy-vqa"] = "easy-vqa"
     steps: int = Field(gt=0)
@@ -44,7 +44,7 @@ class BatchingConfig(StrictModel):
 class Recipe(StrictModel):
     """One training stage of the multimodal LM."""
 
-    name: str
+    name: Name
     profile: str
     stage: Literal["align", "instruct"]
     data: DataConfig = DataConfig()

@@ -51,10 +51,13 @@ def tell_format(path: Path) -> FormatName:
     Raises:
         DataError: the file cannot be read, or none of its first rows is of a known format.
     """
+    row = None
     for row in islice(read_rows(path), _BATCH):
         for name, row_format in FORMATS.items():
             if row_format.matches(row.value):
                 return name
+    if row is None:
+        raise DataError(f"{path}: holds no rows")
     raise DataError(f"{path}: its rows have neither 'conversations' (LLaVA's format) nor 'messages' (the chat format)")
 
 
@@ -138,4 +141,6 @@ def _write_arrow(rows: Iterator[Row], target: Path) -> None:
 
 
 def _refusal(path: Path, number: int, reason: str) -> DataError:
-    return DataError(f"{path}: row {number}: {reason}: mend or remove it ('mmllm data lint' lists all such rows)")
+    return DataError(
+        f"{path}: row {number}: {reason}: mend or remove it ('mmllm data lint' counts such rows and names the first)"
+    )

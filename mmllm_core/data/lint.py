@@ -22,7 +22,16 @@ from mmllm_core.data.batch_checks import BatchChecks, worker_processes
 from mmllm_core.data.conversation_file import FORMATS, FormatName, tell_format
 from mmllm_core.data.image_file import image_fault
 from mmllm_core.data.json_rows import read_rows
-from mmllm_core.data.record import Fault, FaultKind, MalformedRow, Record, messages_of, prevents_loading, record_faults
+from mmllm_core.data.record import (
+    Fault,
+    FaultKind,
+    MalformedRow,
+    Record,
+    messages_of,
+    prevents_loading,
+    record_faults,
+    stray_placeholder,
+)
 from mmllm_core.data.token_count import Rendering, counter
 from mmllm_core.errors import ConversationError
 
@@ -126,6 +135,8 @@ def lint(path: Path, options: LintOptions, on_rows: Callable[[int], None] = lamb
                 report.add(Fault(FaultKind.MALFORMED, str(error)), row.number, "")
                 continue
             faults = list(record_faults(record))
+            if report.format_name == "llava" and (stray := stray_placeholder(record)) is not None:
+                faults.append(stray)
             loads = not any(prevents_loading(fault) for fault in faults)
             if (first := first_with.setdefault(_hash(_content(record)), row.number)) != row.number:
                 faults.append(Fault(FaultKind.DUPLICATE, f"the same images and turns as row {first}"))

@@ -32,6 +32,7 @@ class FaultKind(StrEnum):
     EMPTY_TURN = "empty turn"
     TURN_ORDER = "turn order"
     PLACEHOLDERS = "image placeholders"
+    STRAY_PLACEHOLDER = "placeholder without image"
     MISSING_IMAGE = "missing image"
     BROKEN_IMAGE = "broken image"
     UNSUPERVISED = "nothing to learn"
@@ -90,9 +91,18 @@ def record_faults(record: Record) -> Iterator[Fault]:
         yield Fault(FaultKind.UNSUPERVISED, "the assistant says nothing, so no token would be supervised")
 
 
+def stray_placeholder(record: Record) -> Fault | None:
+    """A user's turn that speaks of an image where the row has none: its key may be forgotten or misspelt."""
+    said = any(PLACEHOLDER in turn.text for turn in record.turns if turn.role == "user")
+    if record.images or not said:
+        return None
+    return Fault(FaultKind.STRAY_PLACEHOLDER, f"{PLACEHOLDER} in a row without 'image' is read as text")
+
+
 def prevents_loading(fault: Fault) -> bool:
-    """Whether a loader refuses the row. Garbled text is learned as it stands: only a person can tell what it was."""
-    return fault.kind is not FaultKind.GARBLED
+    """Whether a loader refuses the row. Garbled text and stray placeholders are learned as they stand: only a person
+    can tell what was meant."""
+    return fault.kind not in (FaultKind.GARBLED, FaultKind.STRAY_PLACEHOLDER)
 
 
 def messages_of(record: Record) -> tuple[Message, ...]:

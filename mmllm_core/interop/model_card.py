@@ -6,6 +6,7 @@ and versions. Does not know weights.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -90,11 +91,20 @@ def build_card(bundle: Bundle, format_: ExportFormat, merged: MergedAdapter | No
         "## Parts and their licences\n\n" + _parts_table(bundle, format_, origins),
         *(_merging(merged) if merged else ()),
         "## Data\n\n" + _data_table(bundle),
-        f"## Recipe\n\n```yaml\n{yaml.safe_dump(bundle.info.recipe, sort_keys=False).strip()}\n```",
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(_without_folders(bundle.info.recipe), sort_keys=False).strip()}\n```",
         *(_metrics(bundle) if multimodal else ()),
         "## Versions\n\n" + _table(("package", "version"), sorted(bundle.info.versions.items())),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def _without_folders(value: Any) -> Any:
+    """A recipe whose absolute paths are file names: where they lay on somebody's machine is nobody's business."""
+    if isinstance(value, dict):
+        return {key: _without_folders(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _origin(bundle: Bundle, part: str) -> Origin | None:

@@ -35,6 +35,9 @@ def test_serving_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
         (("train", "embedded-instruct", "lora.rnak=8"), "lora.rnak"),
         (("train", "embedded-instruct", "steps"), "key=value"),
         (("train", "embedded-instruct", "steps=-1"), "steps"),
+        (("train", "embedded-clip", "name=../features"), "name"),
+        (("embed", "embedded-clip"), "embedded-clip"),
+        (("train", "none.yaml"), "none.yaml: no such file"),
         (("serve", "--profile", "no-such-profile"), "no-such-profile"),
         (("evaluate", "--bundle", "/nowhere"), "/nowhere"),
         (("chat", "hello", "--url", "http://127.0.0.1:9"), "make serve"),
@@ -44,6 +47,15 @@ def test_a_mistake_is_one_line_that_names_it(arguments: tuple[str, ...], named: 
     done = run(*arguments, home=tmp_path)
     assert done.returncode == 1
     assert named in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"name: [x\n", b"17", b"\xff\xfe"], ids=["not YAML", "a number", "not UTF-8"])
+def test_a_recipe_file_that_holds_no_recipe_is_one_line_that_names_it(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    done = run("train", str(tmp_path / "mine.yaml"), home=tmp_path)
+    assert done.returncode == 1
+    assert "mine.yaml" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 

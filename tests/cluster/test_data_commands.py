@@ -34,6 +34,13 @@ def options(tokenizer: Any, tmp_path: Path) -> list[str]:
     return ["--tokenizer", str(tmp_path / "tokenizer"), "--max-length", "300"]
 
 
+def test_easy_vqa_takes_no_folder(tmp_path: Path) -> None:
+    done = run("prepare", "easy-vqa", "--folder", str(tmp_path / "data"))
+    assert done.returncode == 1
+    assert "no --folder" in done.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def write(tmp_path: Path, *rows: Any) -> str:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows), encoding="utf-8")

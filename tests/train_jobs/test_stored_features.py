@@ -52,6 +52,21 @@ def test_an_image_is_decoded_once(tmp_path: Path) -> None:
     assert np.array_equal(features(path), VALUES[0])
 
 
+def test_what_is_known_to_lack_is_told_without_decoding(tmp_path: Path) -> None:
+    stored, unknown, forgotten, gone = (tmp_path / name for name in ("a.png", "b.png", "c.png", "d.png"))
+    picture().save(stored)
+    embed(stored, tmp_path / "store")
+    features = StoredFeatures(tmp_path / "store", ENCODER)
+    features(stored)
+    unknown.write_bytes(b"nobody looked at it yet")
+    Image.new("RGB", (9, 9)).save(forgotten)
+    with pytest.raises(TrainingError):
+        features(forgotten)
+    assert features.known_lack([stored, unknown]) is None
+    assert features.known_lack([stored, unknown, forgotten, gone]) == forgotten
+    assert features.known_lack([stored, gone]) == gone
+
+
 def test_features_that_are_added_later_are_found(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     picture().save(path)

@@ -17,7 +17,7 @@ from tests.mmllm_core.data.conftest import WriteFile, chat, llava
 FINE = [
     llava("one", "<image>\nWhat?", "This.", image="a.png"),
     llava("many", "Both <image> and <image>?", "Yes.", "And so?", "So.", image=["a.png", "sub/c.webp"]),
-    llava("text", "What is <image>?", "A tag: naïve café, 猫, “quoted”, Ã OU Â."),
+    llava("text", "What is <img>?", "A tag: naïve café, 猫, “quoted”, Ã OU Â."),
     llava("null", "Hi", "Ho") | {"image": None},
 ]
 """Shapes that are right; one of each fault is planted among them."""
@@ -55,6 +55,8 @@ def test_right_rows_are_clean(write: WriteFile, images: Path, tokenizer_folder: 
         ({"conversations": [{"from": "gpt", "value": "Ho"}]}, {FaultKind.TURN_ORDER}),
         (llava("x", "no placeholder", "y", image="a.png"), {FaultKind.PLACEHOLDERS}),
         (llava("x", "<image><image>", "y", image="a.png"), {FaultKind.PLACEHOLDERS}),
+        (llava("x", "<image>\nWho?", "y"), {FaultKind.STRAY_PLACEHOLDER}),
+        (llava("x", "Hi", "Write <image>."), set()),
         (llava("x", "caf\udce9", "y"), {FaultKind.ENCODING}),
         (llava("x", "cafÃ©", "y"), {FaultKind.GARBLED}),
         (llava("x", "caf\ufffd", "y"), {FaultKind.GARBLED}),

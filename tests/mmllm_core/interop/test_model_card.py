@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from mmllm_core.bundle import Bundle
 from mmllm_core.config import Profile
 from mmllm_core.interop.export import export_llava, export_merged_bundle, export_merged_lm
 from mmllm_core.interop.llava import import_llava
@@ -56,6 +57,15 @@ def test_the_text_says_parts_data_recipe_metrics_versions_and_the_merge(make_bun
     assert bundle.info.versions["torch"] in text
     recipe = text.split("## Recipe\n\n```yaml\n")[1].split("\n```")[0]
     assert yaml.safe_load(recipe) == bundle.info.recipe
+
+
+def test_a_card_tells_no_folders_of_the_machine_it_was_made_on(make_bundle: Any) -> None:
+    bundle = make_bundle()
+    recipe = {"profile": "/home/ann/mine.yaml", "data": {"sources": [{"file": "/home/ann/rows.json", "weight": 1.0}]}}
+    told = Bundle(bundle.folder, bundle.info.model_copy(update={"recipe": recipe}))
+    text = str(build_card(told, "merged-lm", None))
+    assert "ann" not in text
+    assert "rows.json" in text
 
 
 def test_a_merged_lm_speaks_of_the_lm_alone(make_bundle: Any, tmp_path: Path) -> None:
