@@ -75,6 +75,11 @@ class FeatureLocation(Protocol):
         """Where a file lies; only where `local`."""
 
 
+def is_url(location: str) -> bool:
+    """Whether a location is meant as a URL, well-formed or not; anything else is a path."""
+    return _URL.match(location) is not None
+
+
 def open_location(location: str | Path) -> FeatureLocation:
     """The files at a path or URL; nothing is made or read yet.
 

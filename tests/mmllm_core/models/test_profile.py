@@ -23,7 +23,12 @@ def test_relative_paths_of_a_profile_come_back_absolute(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("told", "meant"),
-    [("feats", "{here}/feats"), ("/data/feats", "/data/feats"), ("s3://bucket/feats", "s3://bucket/feats")],
+    [
+        ("feats", "{here}/feats"),
+        ("/data/feats", "/data/feats"),
+        ("s3://bucket/feats", "s3://bucket/feats"),
+        ("s3:/feats", "s3:/feats"),
+    ],
 )
 def test_a_relative_feature_store_means_the_same_place_for_workers_elsewhere(
     told: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
