@@ -123,7 +123,7 @@ def _image_tokens(profile: "Profile") -> int:
     """LM positions an image takes, by configs and CLIP's architecture: weights need not even exist yet."""
     from mmllm_core.config import ClipRecipe, TrainedSource
     from mmllm_core.models.resolve import resolve
-    from mmllm_core.vision import read_clip_config
+    from mmllm_core.vision import n_features, read_clip_config
     from train_jobs.recipe import load_recipe
 
     vision = profile.vision
@@ -133,8 +133,8 @@ def _image_tokens(profile: "Profile") -> int:
         architecture = recipe.architecture
     else:
         architecture = read_clip_config(resolve(vision.source, weights=False))["model_cfg"]
-    side = architecture["vision_cfg"]["image_size"] // architecture["vision_cfg"]["patch_size"] // vision.merge
-    return profile.connector.n_tokens(side * side + int(vision.cls_token))
+    side = architecture["vision_cfg"]["image_size"] // architecture["vision_cfg"]["patch_size"]
+    return profile.connector.n_tokens(n_features((side, side), vision))
 
 
 def _print_report(report: "LintReport", rendering: "Rendering | None") -> None:

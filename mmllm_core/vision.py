@@ -49,18 +49,8 @@ def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Imag
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked next
             image: Image.Image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            if image.width * image.height > max_pixels:
-                raise ImageError(
-                    f"the image has {image.width}x{image.height} pixels and at most {max_pixels} are allowed: "
-                    "send a smaller one",
-                    param,
-                )
-            if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-                raise ImageError(
-                    f"the image has {image.width}x{image.height} pixels and one side may be at most "
-                    f"{MAX_ASPECT_RATIO} times the other: cut it",
-                    param,
-                )
+            if (problem := size_problem(image, max_pixels)) is not None:
+                raise ImageError(f"the image {problem}", param)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # Pillow would clip its 65,536 grays to 256 instead of scaling them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -72,6 +62,16 @@ def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Imag
         raise
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
         raise ImageError(f"the image could not be read: send a whole {', '.join(IMAGE_FORMATS)} file", param) from error
+
+
+def size_problem(image: Image.Image, max_pixels: int) -> str | None:
+    """Why an image is not decoded, told from its header, or None; it continues a sentence about the image."""
+    size = f"has {image.width}x{image.height} pixels and"
+    if image.width * image.height > max_pixels:
+        return f"{size} at most {max_pixels} are allowed: send a smaller one"
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+        return f"{size} one side may be at most {MAX_ASPECT_RATIO} times the other: cut it"
+    return None
 
 
 def pixel_hash(image: Image.Image) -> str:
@@ -122,8 +122,7 @@ class ClipEncoder:
     @property
     def n_patches(self) -> int:
         """Features an image gives, CLS included where it is kept."""
-        rows, columns = self._tower.grid_size
-        return (rows // self.config.merge) * (columns // self.config.merge) + int(self.config.cls_token)
+        return n_features(self._tower.grid_size, self.config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,6 +169,12 @@ class ClipEncoder:
         if self.config.cls_token:
             tokens = torch.cat([found["image_intermediates_prefix"][0], tokens], dim=1)
         return tokens
+
+
+def n_features(grid: tuple[int, int], config: VisionConfig) -> int:
+    """Features that an image of `grid` (rows, columns) patches gives, CLS included where it is kept."""
+    rows, columns = grid
+    return (rows // config.merge) * (columns // config.merge) + int(config.cls_token)
 
 
 def read_clip_config(weights: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mmllm_core.data.record import Fault, FaultKind
 from mmllm_core.errors import ImageError
-from mmllm_core.vision import IMAGE_FORMATS, decode_image
+from mmllm_core.vision import IMAGE_FORMATS, decode_image, size_problem
 
 _PNG_END = bytes.fromhex("0000000049454e44ae426082")
 
@@ -31,11 +31,8 @@ def image_fault(path: Path, *, max_pixels: int, decode: bool = False) -> Fault |
         with path.open("rb") as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked next
             image = Image.open(stream, formats=IMAGE_FORMATS)
-            if image.width * image.height > max_pixels:
-                return Fault(
-                    FaultKind.BROKEN_IMAGE,
-                    f"{path}: has {image.width}x{image.height} pixels and at most {max_pixels} are allowed",
-                )
+            if (problem := size_problem(image, max_pixels)) is not None:
+                return Fault(FaultKind.BROKEN_IMAGE, f"{path}: {problem}")
             whole = _ends_well(stream, image.format or "")
         if decode or not whole:
             decode_image(path.read_bytes(), max_pixels)

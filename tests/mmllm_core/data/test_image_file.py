@@ -72,3 +72,10 @@ def test_a_larger_image_than_the_model_takes_is_broken(tmp_path: Path) -> None:
     fault = image_fault(tmp_path / "a.png", max_pixels=10_000)
     assert fault is not None
     assert "101x100" in fault.detail
+
+
+def test_a_strip_that_training_would_refuse_is_broken(tmp_path: Path) -> None:
+    Image.new("RGB", (2000, 1)).save(tmp_path / "a.png")
+    fault = image_fault(tmp_path / "a.png", max_pixels=10_000)
+    assert fault is not None
+    assert "2000x1" in fault.detail
