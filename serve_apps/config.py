@@ -5,11 +5,12 @@ application.
 """
 
 import os
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mmllm_core.config import StrictModel
+from mmllm_core.data.feature_location import absolute_location
 
 
 class Autoscaling(StrictModel):
@@ -114,7 +115,7 @@ class ClipConfig(ModelDeploymentConfig):
     """How long an image waits for company."""
     cache_bytes: int = Field(default=64_000_000, ge=0)
     """Features that a replica remembers."""
-    feature_store: str | None = None
+    feature_store: Annotated[str, AfterValidator(absolute_location)] | None = None
     """Folder or URL of features computed ahead; only read."""
     store_refresh_s: float = Field(default=30.0, ge=0)
     """How often a replica looks for features that were added to the store, at most."""

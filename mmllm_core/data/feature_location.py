@@ -75,9 +75,9 @@ class FeatureLocation(Protocol):
         """Where a file lies; only where `local`."""
 
 
-def is_url(location: str) -> bool:
-    """Whether a location is meant as a URL, well-formed or not; anything else is a path."""
-    return _URL.match(location) is not None
+def absolute_location(location: str) -> str:
+    """The location as processes that run in other folders understand it: a path becomes absolute, a URL stays."""
+    return location if _URL.match(location) else str(Path(location).expanduser().absolute())
 
 
 def open_location(location: str | Path) -> FeatureLocation:

@@ -22,13 +22,9 @@ def home() -> Path:
 
 def features_folder() -> str:
     """Where the feature store lies: a folder, or a URL such as `s3://bucket/prefix`."""
-    from mmllm_core.data.feature_location import is_url
+    from mmllm_core.data.feature_location import absolute_location
 
-    told = os.environ.get("MMLLM_FEATURES")
-    if told and is_url(told):
-        return told
-    # Workers of Ray Train run in folders of their own, where a relative path would mean another place.
-    return str(Path(told).expanduser().absolute() if told else home() / "features")
+    return absolute_location(os.environ.get("MMLLM_FEATURES") or str(home() / "features"))
 
 
 def features_cache(location: str) -> Path:

@@ -69,3 +69,13 @@ def test_a_file_of_ones_own_is_loaded_by_path(tmp_path: Path) -> None:
     shipped = Path(__file__).parents[2] / "serve_apps" / "configs" / "embedded.yaml"
     path.write_text(shipped.read_text().replace("port: 8000", "port: 9000"))
     assert load_serve_config(str(path)).http.base_url == "http://127.0.0.1:9000"
+
+
+def test_a_relative_feature_store_means_the_same_folder_for_replicas_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_serve_config("embedded", {"clip.feature_store": "features"})
+    assert config.clip.feature_store == str(tmp_path / "features")
+    url = load_serve_config("embedded", {"clip.feature_store": "s3://bucket/features"})
+    assert url.clip.feature_store == "s3://bucket/features"
