@@ -5,6 +5,7 @@ greedy token ids. Does not know images, files, Ray or DeepSpeed.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,8 +87,10 @@ class MultimodalLM(nn.Module):
             input_ids, features: as for `embed`.
             position_ids: int64 (b, t) of packed conversations, each of which counts from 0 and sees its own images.
         """
+        if not isinstance(self.connector, CrossAttentionConnector):
+            return None
         shown = self._shown(features, input_ids.device)
-        if shown is None or not isinstance(self.connector, CrossAttentionConnector):
+        if shown is None:
             return None
         return Media(self.connector(shown), last_image(input_ids == IMAGE_TOKEN_ID, position_ids))
 
@@ -139,8 +142,7 @@ class MultimodalLM(nn.Module):
         Returns:
             int64 (b, n_new) of new tokens alone, `n_new <= max_new_tokens`.
         """
-        self._show(self.media(input_ids, features))
-        try:
+        with self.showing(self.media(input_ids, features)):
             return self.causal_lm.generate(
                 inputs_embeds=self.embed(input_ids, features),
                 attention_mask=attention_mask,
@@ -149,6 +151,13 @@ class MultimodalLM(nn.Module):
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0],
             )
+
+    @contextmanager
+    def showing(self, media: Media | None) -> Iterator[None]:
+        """Let the LM's layers look at `media` within the block, and at nothing after it."""
+        self._show(media)
+        try:
+            yield
         finally:
             self._show(None)
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from mmllm_core.bundle import Bundle
-from mmllm_core.connectors import CrossAttentionConnector
 from mmllm_core.conversation import render
 from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.transformers_engine import TransformersEngine
@@ -38,12 +37,11 @@ class PhiDeployment:
         self._tokenizer = opened.tokenizer
         self._model = opened.load_model(config.device)
         self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
-        connector = self._model.connector
         self._engine: Engine = TransformersEngine(
             self._model.lm,
             self._tokenizer,
             context_length=self._context_length,
-            cross_attention=connector if isinstance(connector, CrossAttentionConnector) else None,
+            showing=self._model.showing,
         )
 
     async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:

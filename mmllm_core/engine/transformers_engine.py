@@ -10,7 +10,8 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from mmllm_core.language import stop_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mmllm_core.connectors import CrossAttentionConnector
+    from mmllm_core.connectors import Media
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class TransformersEngine:
         lm: the causal LM, plain or wrapped by peft; used from one thread only.
         tokenizer: its tokenizer.
         context_length: most positions that prompt and answer may take together.
-        cross_attention: the connector through which the LM's layers look at images, if it is of that kind.
+        showing: lets the LM's layers look at a request's media within a block (`MultimodalLM.showing`).
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class TransformersEngine:
         tokenizer: "PreTrainedTokenizerBase",
         *,
         context_length: int,
-        cross_attention: "CrossAttentionConnector | None" = None,
+        showing: "Callable[[Media | None], AbstractContextManager[object]]" = contextlib.nullcontext,
     ):
         self._lm = lm
-        self._cross_attention = cross_attention
+        self._showing = showing
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._stop_ids = stop_token_ids(lm, tokenizer)
@@ -177,13 +178,8 @@ class TransformersEngine:
             inputs = {"inputs_embeds": sequence.request.embeddings.unsqueeze(0)}  # (1, t, d_model)
         else:
             inputs = {"input_ids": torch.tensor([[sequence.token_ids[-1]]], device=self._lm.device)}
-        if self._cross_attention is not None:
-            self._cross_attention.show(sequence.request.media)
-        try:
+        with self._showing(sequence.request.media):
             output = self._lm(**inputs, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1)
-        finally:
-            if self._cross_attention is not None:
-                self._cross_attention.show(None)
         sequence.cache = output.past_key_values
         return output.logits[0, -1].float()
 
