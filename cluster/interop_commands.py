@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from mmllm_core.config import Dtype
+from mmllm_core.config import NAME_PATTERN, Dtype
 from mmllm_core.errors import ConfigError, ExportError, WeightsError
 from mmllm_core.interop import ExportFormat
 
@@ -104,7 +104,7 @@ def _locate(checkpoint: str, revision: str | None) -> tuple[Path, "HubSource | N
 
 
 def _bundle_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise ConfigError(f"--name: '{name}' cannot name a bundle: use letters, digits, '.', '_' and '-'")
     return name
 

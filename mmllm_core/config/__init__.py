@@ -9,6 +9,7 @@ from mmllm_core.config.data import (
     LlavaData,
 )
 from mmllm_core.config.profile import (
+    NAME_PATTERN,
     AudioConfig,
     ConnectorConfig,
     CrossAttentionConfig,
@@ -24,6 +25,7 @@ from mmllm_core.config.profile import (
     PathSource,
     Profile,
     Quantization,
+    QueriesConfig,
     ResamplerConfig,
     Sha256,
     Source,
@@ -44,6 +46,7 @@ from mmllm_core.config.recipe import (
 )
 
 __all__ = [
+    "NAME_PATTERN",
     "AudioConfig",
     "BatchingConfig",
     "ChatData",
@@ -67,6 +70,7 @@ __all__ = [
     "PathSource",
     "Profile",
     "Quantization",
+    "QueriesConfig",
     "Recipe",
     "ResamplerConfig",
     "Sha256",

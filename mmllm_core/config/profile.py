@@ -10,7 +10,8 @@ from pydantic import Field
 
 from mmllm_core.config.reading import StrictModel
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 """What a folder may be called: it never leads out of the place it is made in."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -101,23 +102,7 @@ class LanguageConfig(StrictModel):
     context_length: int = Field(default=2048, gt=0)
 
 
-class LinearConfig(StrictModel):
-    """One linear layer from features to LM embeddings."""
-
-    kind: Literal["linear"] = "linear"
-    input_norm: bool = False
-    """Layer norm over each feature before the layer; LLaVA has none."""
-    bias: bool = True
-
-    def n_tokens(self, n_features: int) -> int:
-        """LM positions that an image of `n_features` features takes: one a feature."""
-        return n_features
-
-
-class MlpConfig(StrictModel):
-    """Two linear layers with GELU between: LLaVA-1.5's `mlp2x_gelu`."""
-
-    kind: Literal["mlp"] = "mlp"
+class _ProjectionConfig(StrictModel):
     input_norm: bool = False
     """Layer norm over each feature before the first layer; LLaVA has none."""
     bias: bool = True
@@ -127,28 +112,42 @@ class MlpConfig(StrictModel):
         return n_features
 
 
-class ResamplerConfig(StrictModel):
-    """A Perceiver resampler: an image takes `n_queries` LM positions, however many features it has."""
+class LinearConfig(_ProjectionConfig):
+    """One linear layer from features to LM embeddings."""
 
-    kind: Literal["resampler"] = "resampler"
+    kind: Literal["linear"] = "linear"
+
+
+class MlpConfig(_ProjectionConfig):
+    """Two linear layers with GELU between: LLaVA-1.5's `mlp2x_gelu`."""
+
+    kind: Literal["mlp"] = "mlp"
+
+
+class QueriesConfig(StrictModel):
+    """Learned queries that read an image's features, however many those are."""
+
     n_queries: int = Field(default=64, gt=0)
     depth: int = Field(default=2, gt=0)
+    """Blocks in which they read."""
     head_dim: int = Field(default=64, gt=0)
+
+
+class ResamplerConfig(QueriesConfig):
+    """A Perceiver resampler, whose queries are spliced into the prompt."""
+
+    kind: Literal["resampler"] = "resampler"
 
     def n_tokens(self, n_features: int) -> int:
         """LM positions that an image takes: one a query."""
         return self.n_queries
 
 
-class CrossAttentionConfig(StrictModel):
-    """Gated cross-attention blocks before every k-th LM layer; an image takes one LM position."""
+class CrossAttentionConfig(QueriesConfig):
+    """Gated cross-attention blocks before every k-th LM layer, which attend to resampled features."""
 
     kind: Literal["cross_attention"] = "cross_attention"
     every_k_layers: int = Field(default=4, gt=0)
-    n_queries: int = Field(default=64, gt=0)
-    """Embeddings that layers attend to, resampled from an image's features."""
-    depth: int = Field(default=2, gt=0)
-    head_dim: int = Field(default=64, gt=0)
 
     def n_tokens(self, n_features: int) -> int:
         """LM positions that an image takes: one, which marks where it was put."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmllm_core.config import CrossAttentionConfig, ResamplerConfig
+from mmllm_core.config import CrossAttentionConfig
 from mmllm_core.connectors.base import Connector, LmShape
 from mmllm_core.connectors.resampler import PerceiverResampler, feed_forward, split_heads
 from mmllm_core.errors import ConfigError
@@ -53,8 +53,7 @@ class CrossAttentionConnector(Connector):
             raise ConfigError(
                 f"connector.every_k_layers: {config.every_k_layers} and the LM has only {lm.n_layers} layers: lower it"
             )
-        resampler = ResamplerConfig(n_queries=config.n_queries, depth=config.depth, head_dim=config.head_dim)
-        self.resampler = PerceiverResampler(resampler, d_vision)
+        self.resampler = PerceiverResampler(config, d_vision)
         self.linear = nn.Linear(d_vision, lm.d_model)
         self.marker = nn.Parameter(torch.zeros(lm.d_model))
         """Embedding of the one position that marks where an image was put."""

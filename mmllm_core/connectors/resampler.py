@@ -7,7 +7,7 @@ small ones. Source: Alayrac et al., 2022, arXiv:2204.14198, appendix A.1.1.
 import torch
 from torch import Tensor, nn
 
-from mmllm_core.config import ResamplerConfig
+from mmllm_core.config import QueriesConfig, ResamplerConfig
 from mmllm_core.connectors.base import Connector, LmShape
 
 
@@ -37,7 +37,7 @@ class PerceiverResampler(nn.Module):
         d_vision: width of a feature, kept throughout.
     """
 
-    def __init__(self, config: ResamplerConfig, d_vision: int):
+    def __init__(self, config: QueriesConfig, d_vision: int):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(config.n_queries, d_vision) * d_vision**-0.5)
         self.blocks = nn.ModuleList(_ResamplerBlock(d_vision, config.head_dim) for _ in range(config.depth))
