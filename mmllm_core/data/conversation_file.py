@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mmllm_core.artifact import building, is_built, require_free_disk
 from mmllm_core.data.json_rows import read_rows
-from mmllm_core.data.llava import is_llava, llava_record
-from mmllm_core.data.record import MalformedRow, Record, prevents_loading, record_faults, record_row
+from mmllm_core.data.llava import is_llava, llava_faults, llava_record
+from mmllm_core.data.record import Fault, MalformedRow, Record, prevents_loading, record_faults, record_row
 from mmllm_core.data.rows import Row, row_features
 from mmllm_core.data.text import chat_record, is_chat
 from mmllm_core.errors import DataError
@@ -33,15 +33,16 @@ FormatName = Literal["llava", "chat"]
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the rows of a file are told and read."""
+    """How the rows of a file are told, read and judged."""
 
     matches: Callable[[Any], bool]
     read: Callable[[Any], Record]
+    faults: Callable[[Record], Iterator[Fault]]
 
 
 FORMATS: dict[FormatName, RowFormat] = {
-    "llava": RowFormat(is_llava, llava_record),
-    "chat": RowFormat(is_chat, chat_record),
+    "llava": RowFormat(is_llava, llava_record, llava_faults),
+    "chat": RowFormat(is_chat, chat_record, record_faults),
 }
 
 
@@ -67,15 +68,15 @@ def file_rows(path: Path, format_name: FormatName) -> Iterator[Row]:
     Raises:
         DataError: a row that cannot be learned from; the message names file, row and fault.
     """
-    read = FORMATS[format_name].read
+    row_format = FORMATS[format_name]
     for row in read_rows(path):
         if row.problem is not None:
             raise _refusal(path, row.number, row.problem)
         try:
-            record = read(row.value)
+            record = row_format.read(row.value)
         except MalformedRow as error:
             raise _refusal(path, row.number, str(error)) from error
-        for fault in record_faults(record):
+        for fault in row_format.faults(record):
             if prevents_loading(fault):
                 raise _refusal(path, row.number, f"{fault.kind}: {fault.detail}")
         yield record_row(record, row.number)

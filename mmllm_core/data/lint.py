@@ -29,8 +29,6 @@ from mmllm_core.data.record import (
     Record,
     messages_of,
     prevents_loading,
-    record_faults,
-    stray_placeholder,
 )
 from mmllm_core.data.token_count import Rendering, counter
 from mmllm_core.errors import ConversationError
@@ -115,7 +113,7 @@ def lint(path: Path, options: LintOptions, on_rows: Callable[[int], None] = lamb
         DataError: the file cannot be read, is of no known format, or is an array that is not JSON.
     """
     report = LintReport(tell_format(path))
-    read = FORMATS[report.format_name].read
+    row_format = FORMATS[report.format_name]
     bound = counter(options.rendering) if options.rendering else None
     first_with: dict[int, int] = {}
     names: set[int] = set()
@@ -130,13 +128,11 @@ def lint(path: Path, options: LintOptions, on_rows: Callable[[int], None] = lamb
                 report.add(Fault(FaultKind.NOT_JSON, row.problem), row.number, "")
                 continue
             try:
-                record = read(row.value)
+                record = row_format.read(row.value)
             except MalformedRow as error:
                 report.add(Fault(FaultKind.MALFORMED, str(error)), row.number, "")
                 continue
-            faults = list(record_faults(record))
-            if report.format_name == "llava" and (stray := stray_placeholder(record)) is not None:
-                faults.append(stray)
+            faults = list(row_format.faults(record))
             loads = not any(prevents_loading(fault) for fault in faults)
             if (first := first_with.setdefault(_hash(_content(record)), row.number)) != row.number:
                 faults.append(Fault(FaultKind.DUPLICATE, f"the same images and turns as row {first}"))
@@ -164,11 +160,11 @@ def rendered_samples(
     Raises:
         DataError: as `lint`.
     """
-    read = FORMATS[tell_format(path)].read
+    row_format = FORMATS[tell_format(path)]
     for row in read_rows(path):
         try:
-            record = read(row.value)
-            if not any(prevents_loading(fault) for fault in record_faults(record)):
+            record = row_format.read(row.value)
+            if not any(prevents_loading(fault) for fault in row_format.faults(record)):
                 yield (
                     row.number,
                     record.id,

@@ -5,10 +5,11 @@ In: a JSON value `{"id": ..., "image": name | [names] | missing, "conversations"
 after the question. Does not know files; `json_rows` reads both the array of the published files and JSON Lines.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from mmllm_core.conversation import Role
-from mmllm_core.data.record import MalformedRow, Record, Turn
+from mmllm_core.data.record import PLACEHOLDER, Fault, FaultKind, MalformedRow, Record, Turn, record_faults
 
 _ROLES: dict[str, Role] = {
     "human": "user",
@@ -39,6 +40,14 @@ def llava_record(value: Any) -> Record:
     return Record(
         "" if identity is None else str(identity), _images(value), tuple(_turn(turn, i) for i, turn in enumerate(turns))
     )
+
+
+def llava_faults(record: Record) -> Iterator[Fault]:
+    """All that is wrong with a conversation by itself, and a placeholder where the row has no image: the key may be
+    forgotten or misspelt."""
+    yield from record_faults(record)
+    if not record.images and any(PLACEHOLDER in turn.text for turn in record.turns if turn.role == "user"):
+        yield Fault(FaultKind.STRAY_PLACEHOLDER, f"{PLACEHOLDER} in a row without 'image' is read as text")
 
 
 def _images(value: dict[str, Any]) -> tuple[str, ...]:

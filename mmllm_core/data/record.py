@@ -91,14 +91,6 @@ def record_faults(record: Record) -> Iterator[Fault]:
         yield Fault(FaultKind.UNSUPERVISED, "the assistant says nothing, so no token would be supervised")
 
 
-def stray_placeholder(record: Record) -> Fault | None:
-    """A user's turn that speaks of an image where the row has none: its key may be forgotten or misspelt."""
-    said = any(PLACEHOLDER in turn.text for turn in record.turns if turn.role == "user")
-    if record.images or not said:
-        return None
-    return Fault(FaultKind.STRAY_PLACEHOLDER, f"{PLACEHOLDER} in a row without 'image' is read as text")
-
-
 def prevents_loading(fault: Fault) -> bool:
     """Whether a loader refuses the row. Garbled text and stray placeholders are learned as they stand: only a person
     can tell what was meant."""
