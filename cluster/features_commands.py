@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from mmllm_core.bundle import bundles_folder
 from mmllm_core.errors import BundleError, FeatureStoreError
 from mmllm_core.models.home import features_folder
 
@@ -121,6 +120,8 @@ def bundles_by_fingerprint() -> defaultdict[str, list[str]]:
     Raises:
         BundleError: a bundle cannot be read, so that nobody knows what it uses.
     """
+    from mmllm_core.bundle import bundles_folder
+
     found: defaultdict[str, list[str]] = defaultdict(list)
     for path in sorted(bundles_folder().glob("*/bundle.json")):
         try:

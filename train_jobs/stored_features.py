@@ -35,7 +35,8 @@ class StoredFeatures:
         """
         for path in paths:
             pixels = self._keys.remembered(path)
-            if (pixels and content_key(pixels, self._fingerprint) not in self._store) or not path.is_file():
+            known = content_key(pixels, self._fingerprint) in self._store if pixels else path.is_file()
+            if not known:
                 return path
         return None
 
