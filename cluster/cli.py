@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.data_commands import data
+from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
 from cluster.local import quieten
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="CLIP sees, Whisper hears, a Phi model answers.", no_args_is_help=True, add_completion=False)
 app.add_typer(data, name="data")
 app.add_typer(importing, name="import")
+app.command()(evaluate)
 app.command()(export)
 app.add_typer(features_app, name="features")
 console = Console()
@@ -79,27 +81,6 @@ def embed(
     for problem in done.broken:
         console.print(f"left out: {problem}", markup=False, highlight=False)
     console.print(f"{done.new} new features, {done.stored} stored already, {len(done.broken)} left out")
-
-
-@app.command()
-def evaluate(
-    bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
-    questions: Annotated[int, typer.Option(help="Test questions to ask; 0 asks all.", min=0)] = 300,
-    workers: Annotated[int, typer.Option(min=1)] = 2,
-    verbose: Verbose = False,
-) -> None:
-    """Ask a bundle held-out questions and print its accuracy by kind of question."""
-    from cluster.local import local_ray
-    from mmllm_core.bundle import Bundle
-    from train_jobs.evaluate import evaluate as score
-
-    opened = Bundle.open(bundle) if bundle else Bundle.latest()
-    with local_ray(verbose=verbose):
-        scores, baseline = score(opened, limit=questions or None, workers=workers)
-    table = Table("kind", "asked", "always the commonest", opened.info.name, box=None, padding=(0, 2))
-    for kind, found in scores.items():
-        table.add_row(kind, str(found.asked), f"{baseline[kind].accuracy:.1%}", f"{found.accuracy:.1%}")
-    console.print(table)
 
 
 @app.command()

@@ -1,10 +1,12 @@
 """Exact-match accuracy by kind of question, beside the baseline that always gives a kind's commonest answer."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 OVERALL = "all"
 
+_Z = NormalDist().inv_cdf(0.975)
+"""Standard deviations on either side of a mean that hold 95% of a normal distribution: 1.96."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -34,6 +39,26 @@ class Score:
     def accuracy(self) -> float:
         """Share that was right, 0 to 1; 0 when nothing was asked."""
         return self.right / self.asked if self.asked else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% confidence interval of the accuracy, 0 to 1: where it would lie if endlessly many were asked.
+
+        Wilson's score interval (1927, JASA 22:209), which stays within 0 and 1 and has a width also where all or none
+        were right. Questions count as independent. When nothing was asked, all is possible.
+        """
+        if not self.asked:
+            return 0.0, 1.0
+        n, share = self.asked, self.accuracy
+        centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+        half_width = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+        # Rounding must not put the accuracy itself outside.
+        return min(share, max(0.0, centre - half_width)), max(share, min(1.0, centre + half_width))
+
+    def __str__(self) -> str:
+        """`97.4% (97.1-97.7)`: accuracy and its 95% interval."""
+        low, high = self.interval
+        return f"{self.accuracy:.1%} ({100 * low:.1f}-{100 * high:.1f})"
 
 
 Scores = dict[str, Score]

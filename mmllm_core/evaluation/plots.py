@@ -28,17 +28,28 @@ def plot_loss(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def plot_accuracy(scores: dict[str, Scores], path: Path, title: str) -> None:
-    """Plot grouped bars to a PNG: a group for each kind, a bar for each entry of `scores`."""
+    """Plot grouped bars with 95% intervals to a PNG: a group for each kind, a bar for each entry of `scores`."""
     pyplot = _pyplot()
     kinds = list(next(iter(scores.values())))
     width = 0.8 / len(scores)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for i, (label, by_kind) in enumerate(scores.items()):
         heights = [100 * by_kind[kind].accuracy for kind in kinds]
+        intervals = [by_kind[kind].interval for kind in kinds]
+        below = [height - 100 * low for height, (low, _) in zip(heights, intervals, strict=True)]
+        above = [100 * high - height for height, (_, high) in zip(heights, intervals, strict=True)]
         positions = [k + (i - (len(scores) - 1) / 2) * width for k in range(len(kinds))]
-        bars = axes.bar(positions, heights, width * 0.92, label=label, color=("#c9ccd1", "#8fb3e0", "#1f4e99")[i % 3])
-        axes.bar_label(bars, fmt="%.0f", fontsize=9)
-    axes.set(title=title, ylabel="right answers, %", ylim=(0, 105))
+        bars = axes.bar(
+            positions,
+            heights,
+            width * 0.92,
+            yerr=(below, above),
+            error_kw={"elinewidth": 1.5, "capsize": 3, "ecolor": "#e08214"},
+            label=label,
+            color=("#c9ccd1", "#8fb3e0", "#1f4e99")[i % 3],
+        )
+        axes.bar_label(bars, fmt="%.0f", fontsize=9, padding=1)
+    axes.set(title=title, ylabel="right answers, % (95% interval)", ylim=(0, 110), yticks=range(0, 101, 20))
     axes.set_xticks(range(len(kinds)), kinds)
     axes.legend(frameon=False, loc="upper center", ncols=len(scores), bbox_to_anchor=(0.5, -0.08))
     axes.spines[["top", "right"]].set_visible(False)

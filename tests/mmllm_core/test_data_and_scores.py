@@ -1,27 +1,15 @@
-"""Configs, collation and scoring."""
+"""Configs and collation."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from mmllm_core.config import MlpConfig, Profile, Recipe, load_config, parse_overrides
-from mmllm_core.connectors import LmShape, build_connector
+from mmllm_core.config import Profile, Recipe, load_config, parse_overrides
 from mmllm_core.conversation import IGNORE_INDEX, Rendered
 from mmllm_core.data.collate import collate
-from mmllm_core.data.sample import Question
 from mmllm_core.errors import ConfigError
-from mmllm_core.evaluation.accuracy import (
-    answer_questions,
-    commonest_answer_baseline,
-    merge_scores,
-    normalise,
-    score_by_kind,
-)
-from mmllm_core.model import MultimodalLM
 from mmllm_core.models.profile import load_profile, profile_names
-from tests.conftest import TinyLM
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -39,32 +27,6 @@ def test_features_must_match_images() -> None:
     batch = collate([Rendered([1], [IGNORE_INDEX], 1)], [np.zeros((5, 8), dtype=np.float16)])
     assert batch.features is not None
     assert batch.features.shape == (1, 5, 8)
-
-
-def question(kind: str, answer: str) -> Question:
-    return Question("q", Path("x.png"), "what?", answer, kind)
-
-
-def test_scores_by_kind_and_baseline() -> None:
-    questions = [
-        question("colour", "red"),
-        question("colour", "blue"),
-        question("yes/no", "no"),
-        question("colour", "red"),
-    ]
-    scores = score_by_kind(questions, ["Red.", "the blue", " NO ", "green"])
-    assert {kind: (score.right, score.asked) for kind, score in scores.items()} == {
-        "all": (2, 4),
-        "colour": (1, 3),
-        "yes/no": (1, 1),
-    }
-    baseline = commonest_answer_baseline(questions)
-    assert baseline["colour"].right == 2
-    assert merge_scores([scores, scores])["all"].asked == 8
-
-
-def test_normalising_keeps_words_alone() -> None:
-    assert normalise("  A Blue-circle!\n") == "a blue circle"
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -133,16 +95,3 @@ def test_overriding_a_file_that_is_no_mapping_is_a_config_error(text: str, tmp_p
 def test_a_folder_in_place_of_a_file_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(Recipe, tmp_path)
-
-
-def test_answers_come_in_order_and_are_the_models_own(tiny_lm: TinyLM, tokenizer: Any) -> None:
-    model = MultimodalLM(tiny_lm("phi3"), build_connector(MlpConfig(), 8, LmShape(64, 2))).eval()
-    texts = ["what is there?", "is there a circle?", "what?"]
-    questions = [Question(str(i), Path(str(i)), text, "", "shape") for i, text in enumerate(texts)]
-    features = {str(i): np.random.default_rng(i).normal(size=(5, 8)).astype(np.float16) for i in range(3)}
-
-    def ask(batch_size: int) -> list[str]:
-        return list(answer_questions(model, tokenizer, questions, lambda p: features[p.name], batch_size=batch_size))
-
-    assert len(set(ask(1))) == 3
-    assert ask(2) == ask(1)
