@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mmllm_core.errors import ConfigError
+
 if TYPE_CHECKING:
     from mmllm_core.bundle import Bundle
 
@@ -20,6 +22,9 @@ def evaluate(
     bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
     questions: Annotated[int, typer.Option(help="Test questions to ask; 0 asks all.", min=0)] = 300,
     workers: Annotated[int, typer.Option(min=1)] = 2,
+    save: Annotated[
+        Path | None, typer.Option(help="File for questions, right answers and answers, as JSON lines.")
+    ] = None,
     text: Annotated[
         bool, typer.Option("--text", help="Measure instead what tuning did to plain text, without images.")
     ] = False,
@@ -28,25 +33,30 @@ def evaluate(
     """Ask a bundle held-out questions and print its accuracy by kind of question, with 95% intervals."""
     from mmllm_core.bundle import Bundle
 
+    if text and save:
+        raise ConfigError("--save: keeps answers about images, and --text asks about none: leave one of them out")
+    if save:
+        _require_writable(save)
     opened = Bundle.open(bundle) if bundle else Bundle.latest()
-    console.print(
-        _text_table(opened) if text else _answer_table(opened, questions or None, workers, verbose), highlight=False
-    )
-
-
-def _answer_table(bundle: "Bundle", limit: int | None, workers: int, verbose: bool) -> Table:
+    if text:
+        _print_text_ability(opened)
+        return
     from cluster.local import local_ray
-    from train_jobs.evaluate import evaluate as score
+    from train_jobs.evaluate import evaluate as ask
 
     with local_ray(verbose=verbose):
-        scores, baseline = score(bundle, limit=limit, workers=workers)
-    table = Table("kind", "asked", "always the commonest", bundle.info.name, box=None, padding=(0, 2))
-    for kind, found in scores.items():
+        evaluation = ask(opened, limit=questions or None, workers=workers)
+    table = Table("kind", "asked", "always the commonest", opened.info.name, box=None, padding=(0, 2))
+    baseline = evaluation.baseline
+    for kind, found in evaluation.scores.items():
         table.add_row(kind, str(found.asked), f"{baseline[kind].accuracy:.1%}", str(found))
-    return table
+    console.print(table, highlight=False)
+    if save:
+        evaluation.save(save)
+        console.print(f"answers: {save}", markup=False, highlight=False)
 
 
-def _text_table(bundle: "Bundle") -> Table:
+def _print_text_ability(bundle: "Bundle") -> None:
     import torch
 
     from mmllm_core.evaluation.text_ability import compare
@@ -63,4 +73,13 @@ def _text_table(bundle: "Bundle") -> Table:
         f"{tuned.loss_per_token:.3f}",
         f"{tuned.loss_change(untuned):+.1%}",
     )
-    return table
+    console.print(table, highlight=False)
+
+
+def _require_writable(path: Path) -> None:
+    """Find out before minutes of asking."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--save {path}: cannot be written: {error.strerror or error}") from error

@@ -1,10 +1,15 @@
 """Ask a bundle held-out questions, batched across Ray workers.
 
-In: a bundle and stored features of the test images. Out: exact-match accuracy by kind of question.
+In: a bundle and stored features of the test images. Out: an answer to each question, and exact-match accuracy by kind
+of question.
 
 Run it as `mmllm evaluate` or `ray job submit -- python -m train_jobs.evaluate`.
 """
 
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +18,64 @@ import ray.data
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.data import easy_vqa
-from mmllm_core.evaluation.accuracy import Scores, answer_questions, commonest_answer_baseline, score_by_kind
+from mmllm_core.data.sample import Question
+from mmllm_core.evaluation.accuracy import (
+    OVERALL,
+    Scores,
+    answer_questions,
+    commonest_answer_baseline,
+    is_right,
+    score_by_kind,
+)
 from mmllm_core.models.home import features_folder
 from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
 from train_jobs.progress import progress_bar
 from train_jobs.stored_features import StoredFeatures
 
+_QUESTIONS_AT_ONCE = 512
+"""Given to a worker at a time: so many that batches of prompts fill, so few that the bar moves."""
 
-def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed: int = 0) -> tuple[Scores, Scores]:
-    """Score a bundle on easy-VQA's test split.
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Questions and what the bundle answered."""
+
+    questions: Sequence[Question]
+    answers: Sequence[str]
+    """In the order of `questions`."""
+
+    @property
+    def scores(self) -> Scores:
+        """Of the bundle."""
+        return score_by_kind(self.questions, self.answers)
+
+    @property
+    def baseline(self) -> Scores:
+        """Of always giving a kind's commonest answer."""
+        return commonest_answer_baseline(self.questions)
+
+    def save(self, path: Path) -> None:
+        """Write JSON lines, one a question: `id`, `image`, `kind`, `question`, `right`, `answer` and `is_right`."""
+        with path.open("w", encoding="utf-8") as stream:
+            for asked, answer in zip(self.questions, self.answers, strict=True):
+                line = {
+                    "id": asked.id,
+                    "image": str(asked.image),
+                    "kind": asked.kind,
+                    "question": asked.question,
+                    "right": asked.answer,
+                    "answer": answer,
+                    "is_right": is_right(asked, answer),
+                }
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed: int = 0) -> Evaluation:
+    """Ask a bundle easy-VQA's test questions.
 
     Args:
         limit: questions to ask, drawn at random; None asks all 9,673.
         workers: answering processes, one CPU (or GPU, where Ray has some) each.
-
-    Returns:
-        The bundle's scores and those of always giving a kind's commonest answer.
 
     Raises:
         TrainingError: a worker failed, for want of stored features for example.
@@ -36,11 +83,15 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
     prepare_ray_data()
     gpus = has_gpus(workers)
     questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
-    dataset = ray.data.from_items([{"row": row} for row in range(len(questions))], override_num_blocks=workers * 4)
+    by_image = sorted(
+        range(len(questions)), key=lambda row: questions[row].image
+    )  # what shares an image stays together
+    rounds = math.ceil(len(questions) / (_QUESTIONS_AT_ONCE * workers))
+    dataset = ray.data.from_items([{"row": row} for row in by_image], override_num_blocks=rounds * workers)
     answered = dataset.map_batches(
         _Answerer,
         fn_constructor_args=(str(bundle.folder), features_folder(), limit, seed, gpus),
-        batch_size=32,
+        batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=0 if gpus else 1,
         num_gpus=1 if gpus else 0,
@@ -52,7 +103,7 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
             for row, answer in zip(block["row"], block["answer"], strict=True):
                 answers[int(row)] = str(answer)
             progress.update(task, advance=len(block["row"]), note="")
-    return score_by_kind(questions, answers), commonest_answer_baseline(questions)
+    return Evaluation(questions, answers)
 
 
 class _Answerer:
@@ -68,8 +119,8 @@ class _Answerer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         questions = [self._questions[int(row)] for row in batch["row"]]
         answers = answer_questions(self._model, self._tokenizer, questions, self._features)
-        return {"row": batch["row"], "answer": np.array(list(answers), dtype=object)}
+        return {"row": batch["row"], "answer": np.array(answers, dtype=object)}
 
 
 if __name__ == "__main__":
-    print(evaluate(Bundle.latest())[0])
+    print(evaluate(Bundle.latest()).scores[OVERALL])

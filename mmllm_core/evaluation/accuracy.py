@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmllm_core.conversation import ImagePart, Message, TextPart, render
-from mmllm_core.data.collate import collate
 from mmllm_core.data.sample import Question
+from mmllm_core.evaluation.shared_prefix import Prompt, generate_about_images
 from mmllm_core.language import stop_token_ids
 
 if TYPE_CHECKING:
@@ -71,37 +71,37 @@ def answer_questions(
     questions: Sequence[Question],
     features_of: Callable[[Path], NDArray[np.float16]],
     *,
-    batch_size: int = 32,
     max_new_tokens: int = 8,
-) -> Iterator[str]:
+    max_positions: int = 4096,
+) -> list[str]:
     """Answer each question about its image, greedily and each in a conversation of its own.
 
     Args:
-        features_of: features of an image file, float16 (n_patches, d_vision).
+        model: in eval mode.
+        features_of: features of an image file, float16 (n_patches, d_vision); asked once for each image.
+        max_positions: bounds the size of batches, as in `generate_about_images`.
     """
-    stop_ids = stop_token_ids(model.causal_lm, tokenizer)
-    for start in range(0, len(questions), batch_size):
-        batch = questions[start : start + batch_size]
-        features = [features_of(question.image) for question in batch]
-        rendered = [
-            render(
-                [Message("user", (ImagePart(), TextPart(question.question)))],
-                tokenizer,
-                n_image_tokens=model.connector.n_tokens(len(feature)),
-                max_length=4096,
-                generation_prompt=True,
-            )
-            for question, feature in zip(batch, features, strict=True)
-        ]
-        inputs = collate(rendered, features, padding="left").to(model.causal_lm.device)
-        new_ids = model.generate(
-            inputs.input_ids,
-            inputs.attention_mask,
-            inputs.features,
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-        )  # (b, n_new)
-        yield from tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+    images = {path: number for number, path in enumerate(dict.fromkeys(q.image for q in questions))}
+    features = [features_of(path) for path in images]
+    prompts = []
+    for question in questions:
+        rendered = render(
+            [Message("user", (ImagePart(), TextPart(question.question)))],
+            tokenizer,
+            n_image_tokens=model.connector.n_tokens(len(features[images[question.image]])),
+            max_length=4096,
+            generation_prompt=True,
+        )
+        prompts.append(Prompt(rendered.input_ids, images[question.image]))
+    new_ids = generate_about_images(
+        model,
+        prompts,
+        features,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_token_ids(model.causal_lm, tokenizer),
+        max_positions=max_positions,
+    )
+    return [str(answer) for answer in tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
 
 
 def normalise(answer: str) -> str:
@@ -109,10 +109,15 @@ def normalise(answer: str) -> str:
     return " ".join(re.sub(r"[^\w\s]", " ", answer.lower()).split())
 
 
+def is_right(question: Question, answer: str) -> bool:
+    """Whether an answer is the right one, whatever its case and punctuation."""
+    return normalise(answer) == normalise(question.answer)
+
+
 def score_by_kind(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
     """Score per kind of question, and overall under `OVERALL`, which comes first."""
     asked = Counter(question.kind for question in questions)
-    right = Counter(q.kind for q, a in zip(questions, answers, strict=True) if normalise(a) == normalise(q.answer))
+    right = Counter(q.kind for q, a in zip(questions, answers, strict=True) if is_right(q, a))
     overall = Score(right.total(), asked.total())
     return {OVERALL: overall} | {kind: Score(right[kind], asked[kind]) for kind in sorted(asked)}
 

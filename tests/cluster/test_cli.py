@@ -40,6 +40,9 @@ def test_serving_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
         (("train", "none.yaml"), "none.yaml: no such file"),
         (("serve", "--profile", "no-such-profile"), "no-such-profile"),
         (("evaluate", "--bundle", "/nowhere"), "/nowhere"),
+        (("evaluate", "--text"), "no bundle yet"),
+        (("evaluate", "--text", "--save", "answers.jsonl"), "--save"),
+        (("evaluate", "--save", "/dev/null/answers.jsonl"), "--save /dev/null/answers.jsonl"),
         (("chat", "hello", "--url", "http://127.0.0.1:9"), "make serve"),
     ],
 )

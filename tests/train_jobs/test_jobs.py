@@ -14,11 +14,13 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.config import ClipRecipe, LinearConfig, Recipe, parse_config
 from mmllm_core.data import easy_vqa
 from mmllm_core.errors import TrainingError
-from mmllm_core.models.home import home
+from mmllm_core.evaluation.accuracy import answer_questions
+from mmllm_core.models.home import features_folder, home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from train_jobs.embed_images import embed_images, embed_recipe
 from train_jobs.evaluate import evaluate
+from train_jobs.stored_features import StoredFeatures
 from train_jobs.train import TrainedRun, train
 from train_jobs.train_clip import train_clip
 
@@ -87,14 +89,21 @@ def run(profile: Path) -> TrainedRun:
     return train(recipe(profile))
 
 
-def test_training_leaves_a_bundle_that_opens_and_answers(run: TrainedRun) -> None:
+def test_training_leaves_a_bundle_that_opens_and_answers(run: TrainedRun, tmp_path: Path) -> None:
     bundle = Bundle.latest()
     assert bundle.folder == run.bundle.folder
     model = bundle.load_model()
     assert model.trainable_names() == set()
     assert bundle.load_vision().fingerprint == bundle.info.feature_fingerprint
-    scores, baseline = evaluate(bundle, limit=24, workers=1)
-    assert scores["all"].asked == baseline["all"].asked == 24
+    found = evaluate(bundle, limit=24, workers=1)
+    assert found.scores["all"].asked == found.baseline["all"].asked == 24
+    features = StoredFeatures(features_folder(), bundle.info.feature_fingerprint)
+    assert found.answers == answer_questions(model, bundle.tokenizer, found.questions, features)
+    found.save(tmp_path / "answers.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == found.answers
+    assert sum(line["is_right"] for line in lines) == found.scores["all"].right
+    assert all(Path(line["image"]).is_file() for line in lines)
 
 
 def test_only_what_was_trained_is_saved(run: TrainedRun) -> None:
