@@ -13,7 +13,7 @@ from cluster.data_commands import data
 from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
-from cluster.local import quieten
+from cluster.local import Verbose, quieten
 from mmllm_core.errors import MmllmError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ app.add_typer(features_app, name="features")
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings of the recipe to change, as key=value.")]
 
 

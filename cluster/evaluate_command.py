@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.local import Verbose, local_ray
 from mmllm_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def evaluate(
     text: Annotated[
         bool, typer.Option("--text", help="Measure instead what tuning did to plain text, without images.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Ask a bundle held-out questions and print its accuracy by kind of question, with 95% intervals."""
     from mmllm_core.bundle import Bundle
@@ -41,7 +42,6 @@ def evaluate(
     if text:
         _print_text_ability(opened)
         return
-    from cluster.local import local_ray
     from train_jobs.evaluate import evaluate as ask
 
     with local_ray(verbose=verbose):

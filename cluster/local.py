@@ -9,9 +9,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Annotated, NoReturn
+
+import typer
 
 MODALITIES = ("vision", "audio", "text")
+
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")]
+"""The option of every command that starts a Ray of its own."""
 
 
 def quieten() -> None:

@@ -83,9 +83,7 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
     prepare_ray_data()
     gpus = has_gpus(workers)
     questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
-    by_image = sorted(
-        range(len(questions)), key=lambda row: questions[row].image
-    )  # what shares an image stays together
+    by_image = sorted(range(len(questions)), key=lambda row: questions[row].image)  # its prompts share a beginning
     rounds = math.ceil(len(questions) / (_QUESTIONS_AT_ONCE * workers))
     dataset = ray.data.from_items([{"row": row} for row in by_image], override_num_blocks=rounds * workers)
     answered = dataset.map_batches(

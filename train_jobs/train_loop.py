@@ -149,7 +149,7 @@ class _Evaluator:
         if not self._questions:
             return {}
         model.eval()
-        answers = list(answer_questions(model, self._tokenizer, self._share, self._features))
+        answers = answer_questions(model, self._tokenizer, self._share, self._features)
         model.train()
         shares: list[Any] = [None] * self._world
         dist.all_gather_object(shares, score_by_kind(self._share, answers))

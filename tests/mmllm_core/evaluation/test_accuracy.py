@@ -82,9 +82,7 @@ def test_answers_come_in_order_and_are_the_models_own(tiny_lm: TinyLM, tokenizer
     features = {str(i): np.random.default_rng(i).normal(size=(5, 8)).astype(np.float16) for i in range(3)}
 
     def ask(max_positions: int) -> list[str]:
-        return list(
-            answer_questions(model, tokenizer, questions, lambda p: features[p.name], max_positions=max_positions)
-        )
+        return answer_questions(model, tokenizer, questions, lambda p: features[p.name], max_positions=max_positions)
 
     assert len(set(ask(1))) == 3
     assert ask(4096) == ask(1)
