@@ -9,11 +9,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.benchmark_command import benchmark
 from cluster.data_commands import data
 from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
 from cluster.local import Verbose, quieten
+from cluster.plan_command import plan
+from cluster.report_command import report
+from cluster.spoken_command import evaluate_spoken
+from cluster.train_command import train
 from mmllm_core.errors import MmllmError
 
 if TYPE_CHECKING:
@@ -22,8 +27,13 @@ if TYPE_CHECKING:
 app = typer.Typer(help="CLIP sees, Whisper hears, a Phi model answers.", no_args_is_help=True, add_completion=False)
 app.add_typer(data, name="data")
 app.add_typer(importing, name="import")
+app.command()(benchmark)
 app.command()(evaluate)
+app.command()(evaluate_spoken)
 app.command()(export)
+app.command()(plan)
+app.command()(report)
+app.command()(train)
 app.add_typer(features_app, name="features")
 console = Console()
 
@@ -42,21 +52,6 @@ def demo(
     from cluster.demo import DemoOptions, run_demo
 
     run_demo(DemoOptions(port, short, stay, verbose))
-
-
-@app.command()
-def train(recipe: str, overrides: Overrides = None, verbose: Verbose = False) -> None:
-    """Train what RECIPE says: a name such as embedded-clip or embedded-instruct, or a YAML file."""
-    from cluster.local import local_ray
-    from mmllm_core.config import ClipRecipe, parse_overrides
-    from train_jobs.recipe import load_recipe
-    from train_jobs.train import train as train_lm
-    from train_jobs.train_clip import train_clip
-
-    loaded = load_recipe(recipe, parse_overrides(overrides or []))
-    with local_ray(verbose=verbose):
-        made = train_clip(loaded) if isinstance(loaded, ClipRecipe) else train_lm(loaded).bundle.folder
-    console.print(made)
 
 
 @app.command()

@@ -109,32 +109,15 @@ def _rendering(
 ) -> "Rendering":
     from mmllm_core.data.token_count import Rendering
     from mmllm_core.models.resolve import resolve
+    from train_jobs.vision_shape import vision_shape
 
     if tokenizer and not tokenizer.is_dir():
         raise ConfigError(f"--tokenizer {tokenizer}: no such folder")
     return Rendering(
         tokenizer=tokenizer or resolve(profile.language.source, weights=False),
-        n_image_tokens=image_tokens or _image_tokens(profile),
+        n_image_tokens=image_tokens or profile.connector.n_tokens(vision_shape(profile.vision).n_patches),
         max_length=max_length or profile.language.context_length,
     )
-
-
-def _image_tokens(profile: "Profile") -> int:
-    """LM positions an image takes, by configs and CLIP's architecture: weights need not even exist yet."""
-    from mmllm_core.config import ClipRecipe, TrainedSource
-    from mmllm_core.models.resolve import resolve
-    from mmllm_core.vision import n_features, read_clip_config
-    from train_jobs.recipe import load_recipe
-
-    vision = profile.vision
-    if isinstance(vision.source, TrainedSource):
-        recipe = load_recipe(vision.source.recipe)
-        assert isinstance(recipe, ClipRecipe)
-        architecture = recipe.architecture
-    else:
-        architecture = read_clip_config(resolve(vision.source, weights=False))["model_cfg"]
-    side = architecture["vision_cfg"]["image_size"] // architecture["vision_cfg"]["patch_size"]
-    return profile.connector.n_tokens(n_features((side, side), vision))
 
 
 def _print_report(report: "LintReport", rendering: "Rendering | None") -> None:

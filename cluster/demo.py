@@ -25,7 +25,7 @@ from mmllm_core.models.resolve import resolve
 
 SHORT: dict[str, dict[str, Any]] = {
     "embedded-clip": {"steps": 150},
-    "embedded-instruct": {"steps": 6, "evaluation_questions": 60},
+    "embedded-demo": {"steps": 6, "evaluation_questions": 60},
 }
 """What `--short` changes in the recipes: enough to see every part work, too little to learn well."""
 
@@ -85,7 +85,7 @@ def _train(options: DemoOptions) -> Bundle:
         return load_recipe(name, SHORT[name] if options.short else {})
 
     _heading(2, "Train the embedded CLIP on captions")
-    clip_recipe, tuning = recipe("embedded-clip"), recipe("embedded-instruct")
+    clip_recipe, tuning = recipe("embedded-clip"), recipe("embedded-demo")
     assert isinstance(clip_recipe, ClipRecipe)
     assert isinstance(tuning, Recipe)
     console.print(f"  CLIP weights: [dim]{train_clip(clip_recipe)}[/dim]")
@@ -100,7 +100,7 @@ def _train(options: DemoOptions) -> Bundle:
         row = [f"{scores[kind].accuracy:.1%}" for scores in (run.baseline, run.before, run.after)]
         table.add_row(kind, str(after.asked), *row)
     console.print(table)
-    console.print(f"  plots: [dim]{run.folder}/loss.png, {run.folder}/accuracy.png[/dim]")
+    console.print(f"  report: [dim]{run.report}[/dim]")
     return run.bundle
 
 

@@ -37,7 +37,7 @@ def evaluate(
     if text and save:
         raise ConfigError("--save: keeps answers about images, and --text asks about none: leave one of them out")
     if save:
-        _require_writable(save)
+        require_writable(save)
     opened = Bundle.open(bundle) if bundle else Bundle.latest()
     if text:
         _print_text_ability(opened)
@@ -76,7 +76,7 @@ def _print_text_ability(bundle: "Bundle") -> None:
     console.print(table, highlight=False)
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
     """Find out before minutes of asking."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,19 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
     return lm.eval().requires_grad_(False)
 
 
+def unfreeze(lm: "PreTrainedModel") -> None:
+    """Make every weight of an LM trainable, in the dtype that it has: full fine-tuning.
+
+    Raises:
+        ConfigError: the LM is quantized, or has an adapter.
+    """
+    if getattr(lm, "peft_config", None):
+        raise ConfigError("an LM with an adapter is trained through that: leave 'lora' out to train all of it")
+    if getattr(lm, "is_quantized", False):
+        raise ConfigError("quantized weights cannot be trained: give 'lora', or a profile with quantization none")
+    lm.requires_grad_(True)
+
+
 def stop_token_ids(lm: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Ids that end an answer: the model's end-of-sequence ids and the tokenizer's end-of-turn token."""
     configured = lm.generation_config.eos_token_id
@@ -122,11 +135,11 @@ def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:
     return get_peft_model(lm, peft_config)
 
 
-def load_adapter(lm: "PreTrainedModel", folder: Path) -> nn.Module:
-    """Wrap the LM with a saved adapter, frozen."""
+def load_adapter(lm: "PreTrainedModel", folder: Path, *, trainable: bool = False) -> nn.Module:
+    """Wrap the LM with a saved adapter, in eval mode; frozen unless it is to be trained further."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(lm, folder, is_trainable=False).eval()
+    return PeftModel.from_pretrained(lm, folder, is_trainable=trainable).eval()
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:

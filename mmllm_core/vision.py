@@ -1,4 +1,4 @@
-"""Images -> features: safe decoding, content keys, and the vision tower of a CLIP model.
+"""Images -> features: safe decoding, content keys, and a CLIP model's preprocessing before its vision tower.
 
 In: bytes or PIL images. Out: float16 features (n_images, n_patches, d_vision) and the keys under which
 they may be stored. Does not know the connector or the LM, so a new connector never invalidates features.
@@ -92,7 +92,7 @@ def content_key(pixels: str, fingerprint: str) -> str:
 
 
 class ClipEncoder:
-    """The vision tower of a CLIP model, as open_clip builds it.
+    """A CLIP model's preprocessing and vision tower, as open_clip builds them.
 
     Args:
         config: which layer and tokens become features.
@@ -100,19 +100,18 @@ class ClipEncoder:
         device: torch device.
 
     Raises:
-        WeightsError: files are missing or do not fit the architecture they name.
+        WeightsError: files are missing, or do not fit the architecture or the layer that configs name.
     """
 
     def __init__(self, config: VisionConfig, weights: Path, device: str = "cpu"):
+        from mmllm_core.vision_tower import load_vision_tower
+
         self.config = config
         self.device = device
         self._weights = weights
         self._clip_config = read_clip_config(weights)
-        self._tower = _load_tower(weights, self._clip_config["model_cfg"]).to(device)
+        self.tower = load_vision_tower(config, weights).to(device)
         self._preprocess = _build_preprocess(self._clip_config)
-        blocks = len(self._tower.transformer.resblocks)
-        if -config.feature_layer > blocks:
-            raise WeightsError(f"feature_layer {config.feature_layer}: the vision tower has only {blocks} blocks")
 
     @property
     def d_vision(self) -> int:
@@ -122,7 +121,7 @@ class ClipEncoder:
     @property
     def n_patches(self) -> int:
         """Features an image gives, CLS included where it is kept."""
-        return n_features(self._tower.grid_size, self.config)
+        return self.tower.n_patches
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,6 +136,12 @@ class ClipEncoder:
         """The feature key: content of the image and fingerprint of the encoder."""
         return feature_key(image, self.fingerprint)
 
+    def preprocess(self, images: Sequence[Image.Image]) -> "torch.Tensor":
+        """Scale, crop and normalise images to float32 pixels (n_images, 3, h, w) on the CPU, as CLIP wants them."""
+        import torch
+
+        return torch.stack([self._preprocess(image) for image in images])
+
     def encode(self, images: Sequence[Image.Image]) -> NDArray[np.float16]:
         """Encode a batch.
 
@@ -146,29 +151,8 @@ class ClipEncoder:
         import torch
 
         with torch.inference_mode():
-            pixels = torch.stack([self._preprocess(image) for image in images]).to(self.device)  # (b, 3, h, w)
-            features = self._features(pixels)  # (b, n_patches, d_vision)
+            features = self.tower(self.preprocess(images).to(self.device))  # (b, n_patches, d_vision)
             return np.ascontiguousarray(features.to(torch.float16).cpu().numpy())
-
-    def _features(self, pixels: "torch.Tensor") -> "torch.Tensor":
-        import torch
-
-        blocks = len(self._tower.transformer.resblocks)
-        found = self._tower.forward_intermediates(
-            pixels,
-            indices=[blocks + self.config.feature_layer],
-            stop_early=True,
-            intermediates_only=True,
-            output_fmt="NCHW",
-            output_extra_tokens=True,
-        )
-        patches = found["image_intermediates"][0]  # (b, d_vision, rows, columns)
-        if self.config.merge > 1:
-            patches = torch.nn.functional.avg_pool2d(patches, self.config.merge)
-        tokens = patches.flatten(2).transpose(1, 2)  # (b, n, d_vision)
-        if self.config.cls_token:
-            tokens = torch.cat([found["image_intermediates_prefix"][0], tokens], dim=1)
-        return tokens
 
 
 def n_features(grid: tuple[int, int], config: VisionConfig) -> int:
@@ -201,20 +185,3 @@ def _build_preprocess(clip_config: dict[str, Any]) -> Any:
 
     values = {"size": clip_config["model_cfg"]["vision_cfg"]["image_size"]} | clip_config.get("preprocess_cfg", {})
     return image_transform_v2(PreprocessCfg(**values), is_train=False)
-
-
-def _load_tower(weights: Path, model_cfg: dict[str, Any]) -> Any:
-    """Build the vision tower alone: an assistant never runs CLIP's text tower."""
-    from open_clip.model import _build_vision_tower
-    from safetensors import SafetensorError, safe_open
-
-    tower = _build_vision_tower(model_cfg["embed_dim"], model_cfg["vision_cfg"], model_cfg.get("quick_gelu", False))
-    path = weights / CLIP_WEIGHTS
-    try:
-        with safe_open(path, framework="pt") as stored:
-            visual = [key for key in stored.keys() if key.startswith("visual.")]  # noqa: SIM118, not a dict
-            state = {key.removeprefix("visual."): stored.get_tensor(key) for key in visual}
-        tower.load_state_dict(state)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"{path}: does not fit the architecture in {CLIP_CONFIG}: {error}") from error
-    return tower.float().eval().requires_grad_(False)

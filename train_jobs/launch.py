@@ -5,60 +5,141 @@ Knows Ray Train and the hardware; nothing of models or data.
 
 import gc
 import logging
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.exceptions
 import ray.train
-from ray.train import Result, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from mmllm_core.errors import EnvironmentLack, MmllmError, TrainingError
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many workers a run has, what each gets, and how failures are met."""
+
+    count: int
+    least: int | None = None
+    """Go on with as few where `count` are not to be had (Ray Train's elastic scaling); exactly `count` if not given."""
+    gpus: float | None = None
+    """Of each; 1 where Ray has as many as workers, else 0, if not given."""
+    cpus: int = 1
+    """Cores of each that has no GPU."""
+    max_restarts: int = 0
+    """How often the run starts again after a worker died; -1 for always."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where checkpoints go, and which are kept."""
+
+    storage: str
+    """A folder that all nodes see, or a URL of any filesystem that pyarrow or fsspec knows."""
+    count: int = 1
+    """The last one always, the others by the lowest `score`."""
+    score: str | None = None
+    """A reported metric."""
 
 
 def run_workers(
     worker: Callable[[dict[str, Any]], None],
     config: dict[str, Any],
     *,
-    workers: int,
     name: str,
-    storage: Path,
-    cpus: int = 1,
+    workers: Workers,
+    kept: Kept,
+    resume: bool = False,
 ) -> Result:
-    """Run `worker(config)` on `workers` Ray Train workers and return the run's result.
+    """Run `worker(config)` on Ray Train workers and return the run's result.
 
     Args:
         config: picklable, given to every worker.
-        storage: folder that all nodes see, for checkpoints.
-        cpus: cores of a worker, where there are not enough GPUs.
+        resume: let workers find the last checkpoint of a run of this name in `ray.train.get_checkpoint`; otherwise
+            that run's checkpoints are removed first.
 
     Raises:
         TrainingError: a worker failed; the message is the cause's own.
-        EnvironmentLack: the cluster is too small.
+        EnvironmentLack: the cluster is too small, or the storage cannot be written to.
     """
     gc.collect()  # a Ray Data job that failed before holds its actors' CPUs until Python collects them
-    use_gpu = has_gpus(workers)
-    there = int(ray.cluster_resources().get("CPU", 0))
-    if not use_gpu and there < workers * cpus:
-        raise EnvironmentLack(
-            f"{name}: {workers} workers of {cpus} CPUs do not fit the {there} CPUs that Ray has: lower 'workers'"
-        )
+    gpus = workers.gpus if workers.gpus is not None else float(has_gpus(workers.count))
+    _require_room(name, workers, gpus)
+    filesystem, folder = open_storage(kept.storage)
     trainer = TorchTrainer(
         worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker=None if use_gpu else {"CPU": cpus}
+            num_workers=workers.count if workers.least is None else (workers.least, workers.count),
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": workers.cpus},
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        run_config=RunConfig(name=name, storage_path=str(storage)),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        run_config=RunConfig(
+            name=name,
+            storage_path=folder,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=workers.max_restarts),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=kept.count, checkpoint_score_attribute=kept.score, checkpoint_score_order="min"
+            ),
+        ),
     )
-    shutil.rmtree(storage / name, ignore_errors=True)  # Ray would otherwise resume the run of that name
+    if not resume:
+        remove_run(kept.storage, name)  # Ray would otherwise resume the run of that name
     with readable_errors(name):
         return trainer.fit()
+
+
+def open_storage(storage: str) -> tuple[Any, str]:
+    """A pyarrow filesystem and the path in it; proven writable.
+
+    Raises:
+        EnvironmentLack: it cannot be written to; the message names it.
+    """
+    from fsspec.core import url_to_fs
+    from pyarrow.fs import FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
+
+    try:
+        if "://" not in storage:
+            filesystem, folder = LocalFileSystem(), str(Path(storage).expanduser().absolute())
+        elif storage.split(":", 1)[0] in ("s3", "gs", "gcs"):
+            filesystem, folder = FileSystem.from_uri(storage)
+        else:
+            inner, folder = url_to_fs(storage)
+            filesystem = PyFileSystem(FSSpecHandler(inner))
+        filesystem.create_dir(folder, recursive=True)
+        probe = f"{folder}/.mmllm-probe"
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"")
+        filesystem.delete_file(probe)
+    except (OSError, ValueError, ImportError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EnvironmentLack(
+            f"checkpoint.storage: {storage} cannot be written to: {said}: give another place, or the rights to it"
+        ) from error
+    return filesystem, folder
+
+
+def remove_run(storage: str, name: str) -> None:
+    """Remove what Ray Train kept of a run."""
+    filesystem, folder = open_storage(storage)
+    with suppress(FileNotFoundError):
+        filesystem.delete_dir(f"{folder}/{name}")
+
+
+def has_checkpoints(storage: str, name: str) -> bool:
+    """Whether Ray Train keeps a checkpoint of a run that it could go on from."""
+    from pyarrow.fs import FileSelector
+
+    filesystem, folder = open_storage(storage)
+    found = filesystem.get_file_info(FileSelector(f"{folder}/{name}", allow_not_found=True))
+    return any(info.base_name.startswith("checkpoint_") and not info.is_file for info in found)
 
 
 @contextmanager
@@ -90,6 +171,21 @@ def prepare_ray_data() -> None:
     logger = logging.getLogger("ray.data")
     if logger.level != logging.INFO:  # which was asked for
         logger.setLevel(logging.CRITICAL)  # its errors are tracebacks of what is raised here anyway
+
+
+def _require_room(name: str, workers: Workers, gpus: float) -> None:
+    there = ray.cluster_resources()
+    least = workers.least or workers.count
+    if gpus and there.get("GPU", 0) < least * gpus:
+        raise EnvironmentLack(
+            f"{name}: {least} workers of {gpus:g} GPUs do not fit the {there.get('GPU', 0):g} GPUs that Ray has: lower "
+            "'workers' or 'gpus_per_worker'"
+        )
+    if not gpus and there.get("CPU", 0) < least * workers.cpus:
+        raise EnvironmentLack(
+            f"{name}: {least} workers of {workers.cpus} CPUs do not fit the {there.get('CPU', 0):g} CPUs that Ray has: "
+            "lower 'workers'"
+        )
 
 
 def worker_device() -> str:

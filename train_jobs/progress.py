@@ -1,13 +1,14 @@
-"""Training metrics as JSON lines, and a progress bar that follows them.
+"""Training metrics as JSON lines, and a progress bar and a tracker that follow them.
 
-Workers write, the driver reads: a log is a file on storage that both see. Each line is an object with `step`
-and whatever else was measured then.
+Workers write, the driver reads: a log is a file on storage that both see. A line is an object: of a step (`step`,
+`loss` and whatever else was measured then), of a `phase` between steps, or of an `event` (resumed, checkpoint, ...).
 """
 
 import json
+import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from train_jobs.trackers import Tracker
+
 console = Console()
 
 
 def progress_bar() -> Progress:
     """The bar that all jobs show."""
     return Progress(
-        TextColumn("  {task.description:<28}"),
-        BarColumn(bar_width=30),
+        TextColumn("  {task.description:<22}"),
+        BarColumn(bar_width=14),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
@@ -37,6 +40,9 @@ class MetricsLog:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+            with path.open("ab") as stream:
+                stream.write(b"\n")  # a writer died within a line: what follows shall not be lost with it
 
     def write(self, **values: Any) -> None:
         """Append one line, visible to readers at once."""
@@ -44,32 +50,66 @@ class MetricsLog:
             stream.write(json.dumps(values) + "\n")
 
 
+class MetricsReader:
+    """Reads a log that is being written: each whole line once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._offset = 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        """Whole lines since the last call, all of them where the log was begun anew; broken ones are left out."""
+        try:
+            with self._path.open("rb") as stream:
+                if stream.seek(0, os.SEEK_END) < self._offset:
+                    self._offset = 0
+                stream.seek(self._offset)
+                text = stream.read()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [line for piece in whole.splitlines() if (line := _parsed(piece)) is not None]
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a log; none if it does not exist yet."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return MetricsReader(path).new_lines()
+
+
+def step_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of steps, each step once: a resumed run goes back, and what it did before it went back is void."""
+    kept: list[dict[str, Any]] = []
+    for line in lines:
+        if not _is_step(line):
+            continue
+        while kept and kept[-1]["step"] >= line["step"]:
+            kept.pop()
+        kept.append(line)
+    return kept
 
 
 @contextmanager
-def following(path: Path, total: int, description: str) -> Iterator[None]:
-    """Show a bar that follows the `step` and `loss` of a log while the block runs.
+def following(path: Path, total: int, description: str, tracker: Tracker | None = None) -> Iterator[None]:
+    """Show a bar that follows the steps of a log while the block runs, and give each step's numbers to a tracker.
 
-    A line with `phase` names what goes on between steps (loading, evaluating).
+    A line with `phase` names what goes on between steps (loading, evaluating). A tracker that fails ends nothing: the
+    log holds all that it would have been given.
     """
     ended = threading.Event()
+    reader = MetricsReader(path)
 
     def follow(progress: Progress) -> None:
         task = progress.add_task(description, total=total, note="starting")
+        tell = tracker
         while True:
             last_round = ended.wait(0.5)
-            lines = read_metrics(path)
-            steps = [line for line in lines if "step" in line]
-            note = lines[-1].get("phase", "") if lines else "starting"
-            if lines and "loss" in lines[-1]:
-                note = f"loss {lines[-1]['loss']:.3f}"
-            progress.update(task, completed=steps[-1]["step"] if steps else 0, note=note)
+            for line in reader.new_lines():
+                if _is_step(line):
+                    progress.update(task, completed=line["step"], note=step_note(line))
+                    tell = _tell(tell, line)
+                elif "phase" in line:
+                    progress.update(task, note=line["phase"])
             if last_round:
                 return
 
@@ -80,7 +120,49 @@ def following(path: Path, total: int, description: str) -> Iterator[None]:
             yield
         finally:
             ended.set()
-            thread.join(timeout=5)
+            thread.join(timeout=30)  # a tracker may have to send what is left
+
+
+def step_note(line: dict[str, Any]) -> str:
+    """What the bar says of a step: `loss 1.234  812 tok/s  3.1 conv/s  31% MFU  2.1 GB`, as far as it was measured."""
+    parts = [f"loss {line.get('loss_ema', line['loss']):.3f}"]
+    for name, form in (
+        ("tokens_per_second", "{:,.0f} tok/s"),
+        ("samples_per_second", "{:.3g} conv/s"),
+        ("mfu", "{:.0%} MFU"),
+        ("memory_gb", "{:.1f} GB"),
+    ):
+        if (value := line.get(name)) is not None:
+            parts.append(form.format(value))
+    return "  ".join(parts)
+
+
+def _tell(tracker: Tracker | None, line: dict[str, Any]) -> Tracker | None:
+    """Give a step to the tracker; the tracker that goes on, or None after a failure."""
+    if tracker is None:
+        return None
+    try:
+        tracker.log(line, line["step"])
+    except Exception as error:  # whatever a client of another's making raises
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        console.print(f"  the tracker failed at step {line['step']} and is given no more ({said}); {_UNHARMED}")
+        return None
+    return tracker
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    return "step" in line and "loss" in line and "event" not in line
+
+
+_UNHARMED = "the run goes on, and its metrics log is whole"
+
+
+def _parsed(piece: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(piece)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 class Stopwatch:

@@ -1,40 +1,44 @@
 """The one training job: Ray Train starts the workers, DeepSpeed ZeRO shares the optimizer, the recipe names the stage.
 
-In: a `Recipe` and stored CLIP features. Out: a bundle, and beside it a metrics log, a loss plot and accuracy before
-and after. Each worker takes its own share of one reproducible stream of conversations.
+In: a `Recipe`, and stored CLIP features unless they are computed as training goes. Out: a bundle, and in the run's
+folder (`train_jobs.run_record`) its log, answers and report. A run that was interrupted goes on from its last
+checkpoint when the same recipe is given again, or by its name.
 
-Run it as `mmllm train embedded-instruct` or `ray job submit -- python -m train_jobs.train embedded-instruct`.
+Run it as `mmllm train RECIPE`, on this machine or as `ray job submit -- mmllm train RECIPE`.
 """
 
-import sys
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmllm_core.bundle import Bundle, BundleInfo, bundles_folder, save_bundle
-from mmllm_core.config import Profile, Recipe, parse_overrides
-from mmllm_core.connectors import LmShape
+from mmllm_core.bundle import Bundle, bundles_folder
+from mmllm_core.config import Profile, Recipe, check_recipe
 from mmllm_core.data import easy_vqa
 from mmllm_core.data.mixture import data_hashes, image_paths, training_samples
 from mmllm_core.errors import BundleError, TrainingError
-from mmllm_core.evaluation.accuracy import Scores, scores_from_json
-from mmllm_core.evaluation.plots import plot_accuracy, plot_loss
-from mmllm_core.language import load_tokenizer
+from mmllm_core.evaluation.accuracy import (
+    Scores,
+    commonest_answer_baseline,
+    score_by_kind,
+    scores_from_json,
+    scores_to_json,
+)
 from mmllm_core.models.home import features_folder, home
-from mmllm_core.models.profile import load_profile
-from mmllm_core.models.resolve import resolve
-from mmllm_core.vision import ClipEncoder
+from mmllm_core.vision import file_sha256
 from train_jobs.deepspeed_ops import build_ops, worker_environment
-from train_jobs.launch import has_gpus, run_workers
-from train_jobs.progress import following, read_metrics
-from train_jobs.recipe import load_training_recipe
+from train_jobs.held_out import HeldOutQuestions
+from train_jobs.launch import Kept, Workers, has_checkpoints, has_gpus, run_workers
+from train_jobs.origins import Origins, find_origins, starting_profile
+from train_jobs.progress import console, following, read_metrics, step_lines
+from train_jobs.report import write_report
+from train_jobs.run_inputs import RunInputs, read_inputs, write_inputs
+from train_jobs.run_record import LOG, read_run, runs_folder
+from train_jobs.stop_notice import clear_notice, read_notice
 from train_jobs.stored_features import StoredFeatures
-from train_jobs.train_loop import LoopConfig, load_trained, train_loop
-
-
-def runs_folder() -> Path:
-    """Where runs leave their logs and plots."""
-    return home() / "runs"
+from train_jobs.trackers import open_tracker, require_tracker
+from train_jobs.train_loop import LoopConfig, train_loop
+from train_jobs.trained_parts import RunOutcome, bundle_of
 
 
 @dataclass(frozen=True)
@@ -47,103 +51,155 @@ class TrainedRun:
     after: Scores
     baseline: Scores
 
+    @property
+    def report(self) -> Path:
+        """Its page."""
+        return self.folder / "report.html"
+
 
 def train(recipe: Recipe) -> TrainedRun:
-    """Train one stage, or reuse the bundle that equal recipe, profile, features and data made before.
+    """Train one stage; go on with an equal run that was interrupted, or reuse the bundle of one that ended.
 
     Raises:
+        ConfigError: recipe and profile contradict each other, or the tracker is unknown.
         TrainingError: a worker failed; the message is the cause's own.
-        EnvironmentLack: no compiler, no space, too few CPUs.
+        EnvironmentLack: no compiler, no space, too few CPUs, a tracker that is not installed.
         WeightsError: weights that the profile names cannot be had.
         DataError: a file that the recipe names cannot be learned from.
     """
-    profile = load_profile(recipe.profile)
+    require_tracker(recipe.tracker)
+    profile = starting_profile(recipe)
+    check_recipe(recipe, profile)
     folder = runs_folder() / recipe.name
-    vision_weights = resolve(profile.vision.source)
-    encoder = ClipEncoder(profile.vision, vision_weights)
-    hashes = data_hashes(recipe.data)
-    if (finished := _finished_run(recipe, profile, encoder.fingerprint, hashes)) is not None:
+    origins = find_origins(recipe, profile)
+    inputs = RunInputs(
+        recipe=recipe,
+        profile=profile,
+        fingerprint=origins.fingerprint,
+        data=data_hashes(recipe.data),
+        start=file_sha256(origins.bundle / "manifest.json") if origins.bundle else None,
+    )
+    recorded = read_inputs(folder)
+    equal = recorded is not None and recorded.gives_the_same_as(inputs)
+    if equal and (finished := _finished_run(recipe)) is not None:
         return finished
-    language_weights = resolve(profile.language.source)
-    if recipe.evaluation_questions or recipe.word_alignment_steps:
-        easy_vqa.fetch()
-    next(training_samples(recipe.data, recipe.seed))  # files are checked and converted before any worker starts
-    features = StoredFeatures(features_folder(), encoder.fingerprint, profile.vision.max_pixels)
-    if (lacking := features.known_lack(image_paths(recipe.data))) is not None:
-        features(lacking)  # says what is wrong with it
-    gpu = has_gpus(recipe.workers)
+    storage = recipe.checkpoint.storage or str(home() / "ray")
+    goes_on = equal and has_checkpoints(storage, recipe.name)
+    gpu = has_gpus(recipe.workers) if recipe.gpus_per_worker is None else recipe.gpus_per_worker > 0
+    _require_data(recipe, profile, origins)
     if not gpu:
         build_ops()
-    log = folder / "metrics.jsonl"
-    log.unlink(missing_ok=True)
+    if not goes_on:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_inputs(folder, inputs)
+    clear_notice(folder)
     loop = LoopConfig(
         recipe=recipe.model_dump(mode="json"),
         profile=profile.model_dump(mode="json"),
-        language_weights=str(language_weights),
+        origins=origins,
         features=features_folder(),
-        fingerprint=encoder.fingerprint,
-        d_vision=encoder.d_vision,
-        n_patches=encoder.n_patches,
-        log=str(log),
+        folder=folder,
         environment=worker_environment(gpu),
     )
-    with following(log, recipe.steps, f"training {recipe.name}"):
-        result = run_workers(train_loop, asdict(loop), workers=recipe.workers, name=recipe.name, storage=home() / "ray")
+    log = folder / LOG
+    if goes_on:
+        console.print(f"  going on with run '{recipe.name}' from its last checkpoint", highlight=False)
+    with (
+        open_tracker(recipe.tracker, recipe.name, folder, recipe.model_dump(mode="json"), resumed=goes_on) as tracker,
+        following(log, recipe.steps, f"training {recipe.name}", tracker),
+    ):
+        try:
+            result = run_workers(
+                train_loop,
+                vars(loop),
+                name=recipe.name,
+                workers=Workers(
+                    recipe.workers, recipe.min_workers, recipe.gpus_per_worker, max_restarts=recipe.max_restarts
+                ),
+                kept=Kept(storage, recipe.checkpoint.keep, "loss_ema"),
+                resume=goes_on,
+            )
+        except TrainingError as error:
+            raise TrainingError(
+                f"{recipe.name}: {read_notice(folder)}" if read_notice(folder) else str(error)
+            ) from error
+        if (said := read_notice(folder)) is not None:
+            raise TrainingError(f"{recipe.name}: {said}")
     if result.checkpoint is None:
         raise TrainingError(f"{recipe.name}: the run ended without a checkpoint")
     with result.checkpoint.as_directory() as checkpoint:
-        connector, adapter = load_trained(
-            Path(checkpoint), profile.connector, encoder.d_vision, LmShape.read(language_weights)
+        bundle = bundle_of(
+            Path(checkpoint), RunOutcome(recipe, profile, origins, inputs.data, _metrics(recipe, folder))
         )
-        info = BundleInfo(
-            name=recipe.name,
-            profile=profile,
-            d_vision=encoder.d_vision,
-            n_patches=encoder.n_patches,
-            feature_fingerprint=encoder.fingerprint,
-            recipe=recipe.model_dump(mode="json"),
-            data=hashes,
-            metrics=result.metrics,
-        )
-        bundle = save_bundle(
-            info, connector, load_tokenizer(language_weights), adapter=adapter, vision_weights=vision_weights
-        )
-    run = _read_run(bundle)
-    plot_loss(read_metrics(log), folder / "loss.png", f"{recipe.name}: training loss")
-    if run.after:
-        scores = {"always the commonest": run.baseline, "before tuning": run.before, "after tuning": run.after}
-        plot_accuracy(scores, folder / "accuracy.png", f"{recipe.name}: held-out easy-VQA test questions")
-    return run
+    write_report(folder, bundle.info)
+    return _read_run(bundle)
 
 
-def _finished_run(recipe: Recipe, profile: Profile, fingerprint: str, hashes: dict[str, str]) -> TrainedRun | None:
+def resume(name: str, changes: dict[str, Any] | None = None) -> TrainedRun:
+    """Go on with an interrupted run by its name.
+
+    Args:
+        changes: settings of its recipe that do not change what is learned: the number of workers, ZeRO, the size of
+            micro-batches, checkpoints, the tracker.
+
+    Raises:
+        TrainingError: there is no such run or no checkpoint of it, or what it was made from changed since.
+        ConfigError: a setting that would change what is learned.
+    """
+    recorded = read_inputs(runs_folder() / name)
+    if recorded is None:
+        there = ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{LOG}"))) or "none yet"
+        raise TrainingError(f"--resume {name}: no such run; runs of this machine: {there}")
+    recipe = recorded.changed(changes or {})
+    profile = starting_profile(recipe)
+    origins = find_origins(recipe, profile)
+    recorded.require_unchanged(profile, origins.fingerprint, data_hashes(recipe.data))
+    storage = recipe.checkpoint.storage or str(home() / "ray")
+    if not has_checkpoints(storage, name) and _finished_run(recipe) is None:
+        raise TrainingError(f"--resume {name}: it has no checkpoint yet in {storage}: start it again by its recipe")
+    return train(recipe)
+
+
+def _require_data(recipe: Recipe, profile: Profile, origins: Origins) -> None:
+    """Files are checked and converted before any worker starts."""
+    if recipe.evaluation_questions or recipe.word_alignment_steps:
+        easy_vqa.fetch()
+    next(training_samples(recipe.data, recipe.seed))
+    if recipe.features == "real_time":
+        if (missing := next((path for path in image_paths(recipe.data) if not path.is_file()), None)) is not None:
+            raise TrainingError(f"{missing}: no such image, and the recipe's data names it")
+        return
+    features = StoredFeatures(features_folder(), origins.fingerprint, profile.vision.max_pixels)
+    if (lacking := features.known_lack(image_paths(recipe.data))) is not None:
+        features(lacking)  # says what is wrong with it
+
+
+def _metrics(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """What a bundle says of how its run went."""
+    record = read_run(folder)
+    last = step_lines(read_metrics(folder / LOG))[-1]
+    metrics: dict[str, Any] = {"loss": last["loss"], "loss_ema": last["loss_ema"], "seconds": last["seconds"]}
+    if record.answers:
+        questions = HeldOutQuestions(recipe.evaluation_questions, recipe.seed).questions
+        metrics["accuracy"] = {
+            "before": scores_to_json(score_by_kind(questions, [answer.before or "" for answer in record.answers])),
+            "after": scores_to_json(score_by_kind(questions, [answer.after or "" for answer in record.answers])),
+            "baseline": scores_to_json(commonest_answer_baseline(questions)),
+        }
+    return metrics
+
+
+def _finished_run(recipe: Recipe) -> TrainedRun | None:
+    """The run that made the bundle of this name, if that was made by an equal recipe."""
     try:
         bundle = Bundle.open(bundles_folder() / recipe.name)
-    except BundleError:
+        made_by = Recipe.model_validate(bundle.info.recipe)
+    except (BundleError, ValueError):
         return None
-    info = bundle.info
-    made_from = (info.recipe, _comparable(info.profile), info.feature_fingerprint, info.data)
-    same = made_from == (recipe.model_dump(mode="json"), _comparable(profile), fingerprint, hashes)
-    return _read_run(bundle) if same else None
-
-
-def _comparable(profile: Profile) -> dict[str, Any]:
-    """A profile but for where its CLIP lies: a bundle carries that, and the fingerprint tells it apart."""
-    return profile.model_dump(mode="json", exclude={"vision": {"source"}})
+    return _read_run(bundle) if RunInputs.learns_the_same(made_by, recipe) else None
 
 
 def _read_run(bundle: Bundle) -> TrainedRun:
     folder = runs_folder() / bundle.info.name
     scores = bundle.info.metrics.get("accuracy", {})
     return TrainedRun(bundle, folder, *(scores_from_json(scores.get(k, {})) for k in ("before", "after", "baseline")))
-
-
-def main() -> None:
-    """Entry point of `python -m train_jobs.train RECIPE [key=value ...]`."""
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m train_jobs.train RECIPE [key=value ...]")
-    print(train(load_training_recipe(sys.argv[1], parse_overrides(sys.argv[2:]))).bundle.folder)
-
-
-if __name__ == "__main__":
-    main()

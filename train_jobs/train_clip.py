@@ -26,10 +26,10 @@ from mmllm_core.errors import TrainingError
 from mmllm_core.models.home import home
 from mmllm_core.models.resolve import trained_folder
 from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS
-from train_jobs.launch import run_workers, worker_device
+from train_jobs.launch import Kept, Workers, run_workers, worker_device
 from train_jobs.progress import MetricsLog, Stopwatch, following
 from train_jobs.recipe import load_recipe
-from train_jobs.schedule import warmup_cosine
+from train_jobs.schedule import rate_share
 
 _PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic", "resize_mode": "squash"}
 
@@ -55,10 +55,9 @@ def train_clip(recipe: ClipRecipe) -> Path:
         result = run_workers(
             _worker,
             config,
-            workers=recipe.workers,
-            cpus=recipe.cpus_per_worker,
             name=recipe.name,
-            storage=home() / "ray",
+            workers=Workers(recipe.workers, cpus=recipe.cpus_per_worker),
+            kept=Kept(str(home() / "ray")),
         )
     with building(output, inputs) as scratch, result.checkpoint.as_directory() as checkpoint:
         for name in (CLIP_CONFIG, CLIP_WEIGHTS):
@@ -117,7 +116,7 @@ def _worker(config: dict[str, Any]) -> None:
             output["image_features"], output["text_features"], caption_of.to(device), output["logit_scale"]
         )
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * warmup_cosine(step, recipe.warmup_steps, recipe.steps)
+            group["lr"] = recipe.learning_rate * rate_share("cosine", step, recipe.warmup_steps, recipe.steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

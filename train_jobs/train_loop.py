@@ -1,41 +1,43 @@
-"""What each Ray Train worker does: load, train under DeepSpeed, evaluate, save what was trained.
+"""What each Ray Train worker does: build the model, take steps, keep checkpoints, ask questions before and after.
 
-In: a `LoopConfig`. Out, reported to Ray: a checkpoint with the connector and the adapter (only what was trained),
-and accuracy before and after. Does not know bundles or plots.
+In: a `LoopConfig`. Out: checkpoints, reported to Ray; lines in the metrics log, and answers beside it. A worker that is
+started again goes on from the last checkpoint as if nothing had been. Does not know bundles, plots or trackers.
 """
 
-import math
 import os
-import sys
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray.train
 
-from mmllm_core.config import ConnectorConfig, Profile, Recipe
-from mmllm_core.conversation import Message, Rendered, render
-from mmllm_core.data import easy_vqa
-from mmllm_core.data.mixture import training_samples
-from mmllm_core.data.sample import Sample
-from mmllm_core.errors import ConversationError, TrainingError
+from mmllm_core.config import Profile, Recipe
+from mmllm_core.errors import MmllmError
+from train_jobs.checkpoint import RunState, load_checkpoint, load_weights, save_checkpoint
+from train_jobs.held_out import HeldOutQuestions, write_answers
 from train_jobs.launch import worker_device
-from train_jobs.progress import MetricsLog, Stopwatch
-from train_jobs.schedule import warmup_cosine
+from train_jobs.origins import Origins, build_model
+from train_jobs.progress import MetricsLog
+from train_jobs.run_record import ANSWERS, LOG
+from train_jobs.schedule import learning_rates
+from train_jobs.stop_notice import leave_notice, read_notice
 from train_jobs.stored_features import StoredFeatures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from mmllm_core.connectors import Connector, LmShape
-    from mmllm_core.data.collate import Batch
     from mmllm_core.model import MultimodalLM
+    from train_jobs.optimizer_state import TrainedState
+    from train_jobs.throughput import ModelWork
+    from train_jobs.training_step import StepResult
 
-Part = Literal["connector", "lm"]
+_SMOOTHING = 0.95
+"""Of the loss's exponential moving average: about twenty steps' memory."""
+_LOOK_AROUND = 1.0
+"""Seconds between two looks for a preemption notice, for which workers wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -44,240 +46,212 @@ class LoopConfig:
 
     recipe: dict[str, Any]
     profile: dict[str, Any]
-    language_weights: str
+    origins: Origins
     features: str
-    fingerprint: str
-    d_vision: int
-    n_patches: int
-    log: str
+    """The feature store."""
+    folder: Path
+    """The run's: its log, and answers."""
     environment: dict[str, str]
 
 
 def train_loop(values: dict[str, Any]) -> None:
-    """Train one stage; runs in a Ray Train worker."""
+    """Train one stage; runs in a Ray Train worker.
+
+    Raises:
+        TrainingError: training cannot go on; it is not tried again.
+    """
     config = LoopConfig(**values)
+    if read_notice(config.folder) is not None:
+        return  # started again after an error that would only come again
     os.environ.update(config.environment)  # DeepSpeed reads it when it is imported
-    import torch
-
-    recipe, profile = Recipe.model_validate(config.recipe), Profile.model_validate(config.profile)
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    log = MetricsLog(Path(config.log)) if rank == 0 else None
-    if log:
-        log.write(phase="loading the LM")
-    torch.manual_seed(recipe.seed)
-    model, tokenizer = _build_model(recipe, profile, config)
-    features = StoredFeatures(config.features, config.fingerprint, profile.vision.max_pixels)
-    evaluator = _Evaluator(recipe, features, tokenizer, rank, world)
-    if log:
-        log.write(phase="asking before tuning")
-    before = evaluator(model)
-    if recipe.word_alignment_steps:
-        _align_to_words(model, tokenizer, recipe, features)
-    engine = _initialise_deepspeed(model, recipe)
-    rendering = partial(
-        render,
-        tokenizer=tokenizer,
-        n_image_tokens=model.connector.n_tokens(config.n_patches),
-        max_length=min(profile.language.context_length, recipe.batching.pack_tokens or sys.maxsize),
-        generation_prompt=False,
-    )
-    batches = _batches(recipe, features, rendering, rank, world)
-    watch = Stopwatch()
-    for step in range(recipe.steps):
-        batch = next(batches)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, group["name"], step)
-        loss = _step(engine, batch, world)
-        if not math.isfinite(loss):
-            raise TrainingError(f"step {step}: the loss is {loss}: lower the learning rates in the recipe")
-        if log:
-            log.write(step=step + 1, loss=loss, seconds=watch.seconds, tokens=int(batch.attention_mask.sum()) * world)
-    if log:
-        log.write(phase="asking after tuning")
-    after = evaluator(model)
-    accuracy = {"before": before, "after": after, "baseline": evaluator.baseline()}
-    metrics = {"loss": loss, "seconds": watch.seconds, "accuracy": accuracy}
-    with tempfile.TemporaryDirectory() as folder:
-        if rank == 0:
-            _save_trained(model, Path(folder))
-        checkpoint = ray.train.Checkpoint.from_directory(folder) if rank == 0 else None
-        ray.train.report(metrics, checkpoint=checkpoint)
+    try:
+        _Worker(config).train()
+    except MmllmError as error:
+        leave_notice(config.folder, error)
+        raise
 
 
-def learning_rate(recipe: Recipe, part: Part, step: int) -> float:
-    """Learning rate of a part of the model at a step; see `train_jobs.schedule`."""
-    peak = recipe.lora_learning_rate if part == "lm" else recipe.connector_learning_rate
-    return peak * warmup_cosine(step, recipe.warmup_steps, recipe.steps)
+class _Worker:
+    """One worker's part in a run."""
 
+    def __init__(self, config: LoopConfig):
+        from mmllm_core.language import load_tokenizer
+        from mmllm_core.vision import ClipEncoder
+        from train_jobs.real_time_images import RealTimeImages
 
-def load_trained(
-    folder: Path, config: ConnectorConfig, d_vision: int, lm: "LmShape"
-) -> tuple["Connector", Path | None]:
-    """Read a checkpoint: the connector, and the adapter's folder if one was trained."""
-    from safetensors.torch import load_file
+        self.config = config
+        self.recipe, self.profile = Recipe.model_validate(config.recipe), Profile.model_validate(config.profile)
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.log = MetricsLog(config.folder / LOG) if self.rank == 0 else None
+        self.device = worker_device()
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.origins.language)
+        self.questions = HeldOutQuestions(self.recipe.evaluation_questions, self.recipe.seed)
+        vision = self.profile.vision
+        self.encoder: ClipEncoder | None = None
+        self.images: StoredFeatures | RealTimeImages
+        if self.recipe.features == "real_time":
+            self.encoder = ClipEncoder(vision, config.origins.vision, self.device)
+            self.images = RealTimeImages(self.encoder, vision.max_pixels)
+        else:
+            self.images = StoredFeatures(config.features, config.origins.fingerprint, vision.max_pixels)
 
-    from mmllm_core.connectors import build_connector
+    def train(self) -> None:
+        """All of it."""
+        from train_jobs.optimizer_state import scatter
+        from train_jobs.throughput import ModelWork
+        from train_jobs.zero import initialise_deepspeed
 
-    connector = build_connector(config, d_vision, lm)
-    connector.load_state_dict(load_file(folder / "connector.safetensors"))
-    adapter = folder / "adapter"
-    return connector, adapter if adapter.is_dir() else None
+        self._say(phase="loading the LM")
+        model = self._build()
+        manifest = model.trainable_names()
+        work = ModelWork.of(model, self.encoder.tower if self.encoder else None)
+        trained, state = self._start(model)
+        engine = initialise_deepspeed(model, self.recipe)
+        if trained is not None:
+            scatter(engine, trained)
+            del trained
+        state = self._steps(engine, manifest, work, state)
+        self._say(phase="asking after tuning")
+        after = self._ask(self._whole_model(engine))
+        if self.rank == 0:
+            write_answers(self.config.folder / ANSWERS, self.questions.questions, state.before, after)
 
+    def _build(self) -> "MultimodalLM":
+        return build_model(self.recipe, self.profile, self.config.origins, self.device, self.encoder)
 
-class _Evaluator:
-    """Asks this worker's share of the held-out questions and adds up the shares of all."""
+    def _start(self, model: "MultimodalLM") -> tuple["TrainedState | None", RunState]:
+        """Give the model the weights that it starts this attempt with."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                trained, state = load_checkpoint(Path(folder))
+            load_weights(model, trained.weights)
+            self._say(event="resumed", step=state.step, workers=self.world)
+            return trained, state
+        self._say(phase="asking before tuning")
+        before = self._ask(model)
+        if self.recipe.word_alignment_steps and self.config.origins.bundle is None:
+            from train_jobs.word_alignment_stage import align_connector
 
-    def __init__(self, recipe: Recipe, features: StoredFeatures, tokenizer: Any, rank: int, world: int):
-        limit = recipe.evaluation_questions
-        self._questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, recipe.seed) if limit else []
-        self._share = self._questions[rank::world]
-        self._features = features
-        self._tokenizer = tokenizer
-        self._world = world
+            self._say(phase="aligning images to words")
+            align_connector(model, self.tokenizer, self.recipe, self.images, self.device)
+        return None, RunState(step=0, loss_ema=0.0, before=before)
 
-    def __call__(self, model: "MultimodalLM") -> dict[str, list[int]]:
+    def _steps(self, engine: Any, manifest: set[str], work: "ModelWork", state: RunState) -> RunState:
+        from train_jobs.training_data import Encoding, step_batches
+        from train_jobs.training_step import seed_step, training_step
+
+        recipe = self.recipe
+        images = self.images if isinstance(self.images, StoredFeatures) else self.images.pixels
+        encoding = Encoding.of(recipe, self.profile, self.tokenizer, images, self.config.origins.n_patches)
+        batches = step_batches(recipe, encoding, rank=self.rank, world=self.world, start_step=state.step)
+        self._say(phase="training")
+        looked, saved_for = time.monotonic(), None
+        while state.step < recipe.steps:
+            began = time.monotonic()
+            rates = learning_rates(recipe, state.step)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = rates[group["name"]]
+            seed_step(recipe.seed, state.step, self.rank)
+            done = training_step(engine, next(batches), step=state.step + 1, on_non_finite=recipe.on_non_finite)
+            seconds = time.monotonic() - began
+            ema = done.loss if state.step == 0 else _SMOOTHING * state.loss_ema + (1 - _SMOOTHING) * done.loss
+            state = RunState(state.step + 1, ema, state.before, state.seconds + seconds)
+            memory, look = self._worst(engine.device, time.monotonic() - looked > _LOOK_AROUND)
+            self._say_step(state, done, rates, seconds, memory, work)
+            due = state.step % recipe.checkpoint.every_steps == 0 or state.step == recipe.steps
+            if look:
+                looked, notice = time.monotonic(), ray.train.get_preemption_info()
+                if notice is not None and notice.preempted_node_ids != saved_for:
+                    saved_for, due = notice.preempted_node_ids, True
+                    self._say(event="preemption", step=state.step, nodes=notice.preempted_node_ids)
+            if due:
+                self._save(engine, manifest, state, wait=state.step == recipe.steps or saved_for is not None)
+        return state
+
+    def _save(self, engine: Any, manifest: set[str], state: RunState, *, wait: bool) -> None:
+        """Write a checkpoint, and have Ray upload it while training goes on, unless it is to wait."""
+        folder = Path(tempfile.mkdtemp(prefix="mmllm-checkpoint-")) if self.rank == 0 else None
+        try:
+            save_checkpoint(engine, manifest, folder, state)
+        except MmllmError:
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        mode = ray.train.CheckpointUploadMode
+        ray.train.report(
+            {"step": state.step, "loss_ema": state.loss_ema},
+            checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
+            checkpoint_upload_mode=mode.SYNC if wait else mode.ASYNC,
+            delete_local_checkpoint_after_upload=True,
+        )
+        self._say(event="checkpoint", step=state.step)
+
+    def _ask(self, model: "MultimodalLM") -> list[str]:
+        return self.questions.ask(model, self.tokenizer, self.images)
+
+    def _whole_model(self, engine: Any) -> "MultimodalLM":
+        """The trained model, to generate with; where ZeRO-3 shards it, workers build it anew and whole."""
+        from train_jobs.optimizer_state import gather
+
+        if engine.zero_optimization_stage() < 3 or not self.questions.questions:
+            model: MultimodalLM = engine.module
+            return model
+        trained = gather(engine, keep=True)
+        assert trained is not None
+        engine.destroy()
+        model = self._build()
+        load_weights(model, trained.weights)
+        return model
+
+    def _worst(self, device: Any, look: bool) -> tuple[float, bool]:
+        """Over all workers: the most memory taken in GB, and whether any wants to look for a notice."""
+        import torch
         import torch.distributed as dist
 
-        from mmllm_core.evaluation.accuracy import (
-            answer_questions,
-            merge_scores,
-            score_by_kind,
-            scores_to_json,
+        from train_jobs.throughput import memory_gb
+
+        values = torch.tensor([memory_gb(device), float(look)], device=device)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return round(float(values[0]), 3), bool(values[1])
+
+    def _say_step(
+        self,
+        state: RunState,
+        done: "StepResult",
+        rates: dict[str, float],
+        seconds: float,
+        memory: float,
+        work: "ModelWork",
+    ) -> None:
+        if self.log is None:
+            return
+        from train_jobs.accelerators import peak_flops
+
+        n_features = done.images * self.config.origins.n_patches
+        n_patches = done.images * self.encoder.tower.n_tokens if self.encoder else 0
+        flops = work.step_flops(done.tokens, done.tokens / done.samples, done.supervised, n_features, n_patches)
+        peak = peak_flops(self.device, self.profile.language.dtype)
+        self._say(
+            step=state.step,
+            loss=done.loss,
+            loss_ema=state.loss_ema,
+            grad_norm=done.grad_norm,
+            **{f"lr_{part}": rate for part, rate in rates.items()},
+            tokens=done.tokens,
+            supervised=done.supervised,
+            samples=done.samples,
+            step_seconds=round(seconds, 4),
+            tokens_per_second=round(done.tokens / seconds, 1),
+            samples_per_second=round(done.samples / seconds, 3),
+            mfu=round(flops / (seconds * peak * self.world), 4) if peak else None,
+            memory_gb=memory,
+            seconds=round(state.seconds, 1),
         )
+        if done.skipped:
+            self._say(event="skipped", step=state.step, samples=list(done.skipped))
 
-        if not self._questions:
-            return {}
-        model.eval()
-        answers = answer_questions(model, self._tokenizer, self._share, self._features)
-        model.train()
-        shares: list[Any] = [None] * self._world
-        dist.all_gather_object(shares, score_by_kind(self._share, answers))
-        return scores_to_json(merge_scores(shares))
-
-    def baseline(self) -> dict[str, list[int]]:
-        """The commonest-answer baseline on the same questions."""
-        from mmllm_core.evaluation.accuracy import commonest_answer_baseline, scores_to_json
-
-        return scores_to_json(commonest_answer_baseline(self._questions)) if self._questions else {}
-
-
-def _build_model(
-    recipe: Recipe, profile: Profile, config: LoopConfig
-) -> tuple["MultimodalLM", "PreTrainedTokenizerBase"]:
-    import torch
-
-    from mmllm_core.connectors import LmShape, build_connector
-    from mmllm_core.language import add_adapter, load_language_model, load_tokenizer
-    from mmllm_core.model import MultimodalLM
-
-    folder, device = Path(config.language_weights), worker_device()
-    lm: Any = load_language_model(profile.language, folder, device)
-    embeddings = lm.get_input_embeddings().weight
-    connector = build_connector(
-        profile.connector, config.d_vision, LmShape.of(lm.config), output_std=float(embeddings.float().std())
-    )
-    if recipe.lora:
-        lm = add_adapter(lm, recipe.lora)
-    model = MultimodalLM(lm, connector.to(device, getattr(torch, profile.language.dtype)))
-    return model.train(), load_tokenizer(folder)
-
-
-def _align_to_words(model: "MultimodalLM", tokenizer: Any, recipe: Recipe, features: StoredFeatures) -> None:
-    """Every worker does the same, so that all start from equal weights."""
-    import torch
-
-    from mmllm_core.word_alignment import align_to_words
-
-    captioned = [(image.image, image.caption) for image in easy_vqa.load_split(easy_vqa.fetch(), "train")]
-    found = [(features(path), caption) for path, caption in captioned if caption]
-    dtype = model.connector.dtype
-    align_to_words(
-        model.connector.float(),  # bf16 would round small updates away
-        torch.from_numpy(np.stack([feature for feature, _ in found])).to(worker_device()),
-        [caption for _, caption in found],
-        model.causal_lm.get_input_embeddings().weight.detach(),
-        tokenizer,
-        steps=recipe.word_alignment_steps,
-        learning_rate=recipe.word_alignment_learning_rate,
-        seed=recipe.seed,
-    )
-    model.connector.to(dtype)
-
-
-def _initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
-    import deepspeed
-    import torch
-
-    parts: tuple[Part, ...] = ("connector", "lm") if recipe.lora else ("connector",)
-    groups = [
-        {"params": list(model.parameters_of(part)), "name": part, "lr": 0.0, "weight_decay": recipe.weight_decay}
-        for part in parts
-    ]
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=torch.optim.AdamW(groups, betas=(0.9, 0.99)),
-        config={
-            "train_micro_batch_size_per_gpu": recipe.micro_batch,
-            "gradient_clipping": recipe.max_grad_norm,
-            "bf16": {"enabled": True},
-            "zero_optimization": {"stage": recipe.zero_stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-        },
-    )
-    return engine
-
-
-def _step(engine: Any, batch: "Batch", world: int) -> float:
-    """One optimizer step; returns the loss per supervised token over all workers.
-
-    DeepSpeed averages gradients over workers, and workers hold different numbers of supervised tokens: each scales
-    its sum so that the average is the gradient of the global mean.
-    """
-    import torch
-    import torch.distributed as dist
-
-    batch = batch.to(engine.device)
-    n_supervised = torch.tensor(float(batch.n_supervised), device=engine.device)  # NCCL reduces on GPUs alone
-    dist.all_reduce(n_supervised)
-    loss_sum = engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.position_ids)
-    engine.backward(loss_sum * (world / n_supervised.item()))
-    engine.step()
-    total = loss_sum.detach().clone()
-    dist.all_reduce(total)
-    return float(total / n_supervised)
-
-
-def _batches(
-    recipe: Recipe,
-    features: StoredFeatures,
-    rendering: Callable[[Sequence[Message]], Rendered],
-    rank: int,
-    world: int,
-) -> Iterator["Batch"]:
-    """This worker's batches: of the one stream, each world-th conversation is its own."""
-    from mmllm_core.data.batching import Encoded, batches
-
-    share = training_samples(recipe.data, recipe.seed, start=rank, step=world)
-
-    def encode(sample: Sample) -> Encoded:
-        try:
-            return Encoded(rendering(sample.messages), tuple(features(image) for image in sample.images))
-        except ConversationError as error:
-            limits = "the profile's language.context_length and the recipe's batching.pack_tokens"
-            raise TrainingError(f"sample '{sample.id}': {error}; {limits} set the limit") from error
-
-    return batches(map(encode, share), recipe.batching, micro_batch=recipe.micro_batch, seed=recipe.seed)
-
-
-def _save_trained(model: "MultimodalLM", folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    from mmllm_core.bundle import save_adapter
-
-    state = {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in model.connector.state_dict().items()}
-    save_file(state, folder / "connector.safetensors")
-    if hasattr(model.lm, "peft_config"):
-        save_adapter(model.lm, folder / "adapter")
+    def _say(self, **values: Any) -> None:
+        if self.log is not None:
+            self.log.write(**values)

@@ -34,6 +34,7 @@ from mmllm_core.config.profile import (
 )
 from mmllm_core.config.reading import (
     StrictModel,
+    apply_overrides,
     load_config,
     parse_config,
     parse_overrides,
@@ -41,8 +42,15 @@ from mmllm_core.config.reading import (
 )
 from mmllm_core.config.recipe import (
     BatchingConfig,
+    CheckpointConfig,
     ClipRecipe,
+    LearningRates,
+    Part,
     Recipe,
+    Schedule,
+    Tracker,
+    ZeroConfig,
+    check_recipe,
 )
 
 __all__ = [
@@ -50,6 +58,7 @@ __all__ = [
     "AudioConfig",
     "BatchingConfig",
     "ChatData",
+    "CheckpointConfig",
     "ClipRecipe",
     "ConnectorConfig",
     "CrossAttentionConfig",
@@ -60,6 +69,7 @@ __all__ = [
     "FileData",
     "HubSource",
     "LanguageConfig",
+    "LearningRates",
     "LinearConfig",
     "LlavaData",
     "LoraConfig",
@@ -67,17 +77,23 @@ __all__ = [
     "Name",
     "Origin",
     "PackageSource",
+    "Part",
     "PathSource",
     "Profile",
     "Quantization",
     "QueriesConfig",
     "Recipe",
     "ResamplerConfig",
+    "Schedule",
     "Sha256",
     "Source",
     "StrictModel",
+    "Tracker",
     "TrainedSource",
     "VisionConfig",
+    "ZeroConfig",
+    "apply_overrides",
+    "check_recipe",
     "load_config",
     "parse_config",
     "parse_overrides",

@@ -6,9 +6,19 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from mmllm_core.config.reading import StrictModel
+from mmllm_core.models.home import home
 
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
-"""Workers of a cluster may run in other folders than the command did."""
+_PACKAGED = Path(__file__).parent.parent / "data" / "packaged"
+
+
+def _absolute(path: Path) -> Path:
+    root = {"$MMLLM_HOME": home(), "$MMLLM_DATA": _PACKAGED}.get(path.parts[0] if path.parts else "")
+    return root.joinpath(*path.parts[1:]) if root else path.expanduser().absolute()
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+"""Workers of a cluster may run in other folders than the command did; a leading `$MMLLM_HOME` is the home folder,
+and a leading `$MMLLM_DATA` the folder of the files that come with mmllm."""
 
 
 class EasyVqaData(StrictModel):

@@ -47,9 +47,18 @@ def load_config(model: type[ConfigT], path: Path, overrides: dict[str, Any] | No
     """
     values = read_yaml(path)
     if isinstance(values, dict):
-        for dotted, value in (overrides or {}).items():
-            _set_dotted(values, dotted, value)
+        apply_overrides(values, overrides or {})
     return parse_config(model, values, str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Set values by dotted keys, in place; of a key that leads nowhere, what is lacking is made.
+
+    Raises:
+        ConfigError: a key that goes into a list names no place in it.
+    """
+    for dotted, value in overrides.items():
+        _set_dotted(values, dotted, value)
 
 
 def read_yaml(path: Path) -> Any:

@@ -1,15 +1,11 @@
-"""A stream of conversations -> a stream of batches that waste little on padding.
+"""A worker's conversations of one step -> micro-batches that waste little on padding.
 
-In: conversations as they come, rendered, each with its images' features. Out: batches. A window of conversations is
-looked over at once; within it, conversations of like length and modality share a batch (LLaVA's
-`group_by_modality_length`), or several are packed into one row. Which conversation lands where follows from the seed
-and the stream alone, and every conversation lands in exactly one batch. Does not know files or the model.
+In: conversations, rendered, each with its images. Out: batches. Conversations of like length share a batch, or several
+are packed into one row; each lands in exactly one batch. Does not know files, steps or the model.
 """
 
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +20,9 @@ class Encoded:
     """A conversation ready to be batched."""
 
     rendered: Rendered
-    features: tuple[NDArray[np.float16], ...]  # (n, d_vision) each, one an image
+    images: tuple[NDArray[np.float16] | NDArray[np.float32], ...]
+    """One an image: features (n, d_vision), or pixels (3, h, w) where the model has the vision tower."""
+    id: str = ""
 
     @property
     def n_tokens(self) -> int:
@@ -32,32 +30,17 @@ class Encoded:
         return len(self.rendered.input_ids)
 
 
-def batches(
-    conversations: Iterator[Encoded], config: BatchingConfig, *, micro_batch: int, seed: int = 0
-) -> Iterator[Batch]:
-    """Batch a stream.
+def micro_batches(conversations: Sequence[Encoded], config: BatchingConfig, size: int) -> list[Batch]:
+    """Batch a worker's share of a step.
 
     Args:
-        micro_batch: rows of a batch; the last batch of a window may have fewer.
-        seed: of the order of batches within a window, when they are grouped or packed.
+        size: rows of a batch; the last may have fewer.
 
     Raises:
         ValueError: a conversation is longer than the rows it is to be packed into.
     """
-    if config.grouping == "none" and config.pack_tokens is None:
-        while chosen := list(islice(conversations, micro_batch)):
-            yield _collate([[c] for c in chosen], packed=False)
-        return
-    rng = random.Random(seed)
-    while window := list(islice(conversations, config.window * micro_batch)):
-        groups = [
-            rows[at : at + micro_batch]
-            for rows in _rows_by_kind(window, config)
-            for at in range(0, len(rows), micro_batch)
-        ]
-        rng.shuffle(groups)
-        for group in groups:
-            yield _collate(group, packed=config.pack_tokens is not None)
+    rows = _rows(conversations, config)
+    return [_collate(rows[at : at + size], packed=config.pack_tokens is not None) for at in range(0, len(rows), size)]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -85,20 +68,18 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _rows_by_kind(window: Sequence[Encoded], config: BatchingConfig) -> Iterator[list[list[Encoded]]]:
-    """Rows of a window that may share a batch, in the order in which they are cut into batches."""
-    kinds = [list(window)]
-    if config.grouping == "modality":
-        kinds = [[c for c in window if c.features], [c for c in window if not c.features]]
-    for kind in kinds:
-        if config.pack_tokens is not None:
-            yield [[kind[i] for i in row] for row in pack([c.n_tokens for c in kind], config.pack_tokens)]
-        else:
-            yield [[c] for c in sorted(kind, key=lambda c: c.n_tokens)]
+def _rows(conversations: Sequence[Encoded], config: BatchingConfig) -> list[list[Encoded]]:
+    if config.pack_tokens is not None:
+        placed = pack([c.n_tokens for c in conversations], config.pack_tokens)
+        return [[conversations[i] for i in row] for row in placed]
+    if config.grouping == "none":
+        return [[c] for c in conversations]
+    return [[c] for c in sorted(conversations, key=lambda c: c.n_tokens)]
 
 
 def _collate(rows: Sequence[Sequence[Encoded]], *, packed: bool) -> Batch:
-    features = [feature for row in rows for c in row for feature in c.features]
+    images = [image for row in rows for c in row for image in c.images]
+    ids = tuple(c.id for row in rows for c in row)
     if packed:
-        return collate_packed([[c.rendered for c in row] for row in rows], features)
-    return collate([c.rendered for row in rows for c in row], features)
+        return collate_packed([[c.rendered for c in row] for row in rows], images, ids)
+    return collate([c.rendered for row in rows for c in row], images, ids=ids)

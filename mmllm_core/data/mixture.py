@@ -1,7 +1,7 @@
 """Sources with weights -> one endless, reproducible stream of training samples.
 
 In: a `DataConfig` and a seed. Out: `Sample`s; besides, every image once, and hashes of what was learned from. Does not
-know tokens, features or workers, except that a worker may ask for every n-th sample.
+know tokens, features or workers, except that a worker may ask for some positions alone.
 
 Which source position k comes from is drawn with the probabilities of the weights, as
 `datasets.interleave_datasets(probabilities=...)` does, but blockwise from the seed: how many samples each source gave
@@ -10,7 +10,7 @@ source is ever exhausted: it starts its next epoch, newly shuffled, while the ot
 rows has given each row once after n of its samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -34,14 +34,12 @@ _SHUFFLE_BUFFER = 10_000
 """Rows among which a streamed file is shuffled: about 20 MB of LLaVA-Instruct."""
 
 
-def training_samples(config: DataConfig, seed: int, *, start: int = 0, step: int = 1) -> Iterator[Sample]:
+def training_samples(config: DataConfig, seed: int, positions: Iterable[int] | None = None) -> Iterator[Sample]:
     """An endless stream, equal for equal config, files and seed.
 
     Args:
-        start: position of the first sample. The stream from `start` is the stream from 0 without its first `start`
-            samples. Memory-mapped sources skip without reading; easy-VQA and streamed files replay, at about 0.3 ms a
-            sample.
-        step: take every `step`-th position: `start=rank, step=world` is one worker's share.
+        positions: which samples of the stream are wanted, rising; all of them if not given. Memory-mapped sources
+            skip the others without reading; easy-VQA and streamed files replay, at about 0.3 ms a sample.
 
     Raises:
         DataError: a file cannot be read, or a row of it cannot be learned from.
@@ -49,7 +47,7 @@ def training_samples(config: DataConfig, seed: int, *, start: int = 0, step: int
     """
     sources = [_open(source, config.streaming, seed, i) for i, source in enumerate(config.sources)]
     weights = np.array([source.weight for source in config.sources], dtype=np.float64)
-    for source, index in islice(_positions(weights, abs(seed), start), 0, None, step):
+    for source, index in _placed(weights, abs(seed), count() if positions is None else positions):
         yield sources[source].sample(index)
 
 
@@ -147,19 +145,20 @@ def _epochs(dataset: "IterableDataset", file: Path, seed: list[int]) -> Iterator
             raise DataError(f"{file}: holds no rows")
 
 
-def _positions(weights: NDArray[np.float64], seed: int, start: int) -> Iterator[tuple[int, int]]:
-    """From position `start` on: which source, and how many samples that source gave before."""
+def _placed(weights: NDArray[np.float64], seed: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """For each position: which source it comes from, and how many samples that source gave before."""
     given = np.zeros(len(weights), dtype=np.int64)
-    for block in range(start // _BLOCK):
-        given += np.bincount(_draw(weights, seed, block), minlength=len(weights))
-    for position in count(start // _BLOCK * _BLOCK):
-        block, at = divmod(position, _BLOCK)
-        if at == 0:
-            drawn = _draw(weights, seed, block)
-        source = int(drawn[at])
-        if position >= start:
-            yield source, int(given[source])
-        given[source] += 1
+    drawn = _draw(weights, seed, 0)
+    at = 0
+    for position in positions:
+        while at // _BLOCK < position // _BLOCK:
+            given += np.bincount(drawn[at % _BLOCK :], minlength=len(weights))
+            at = (at // _BLOCK + 1) * _BLOCK
+            drawn = _draw(weights, seed, at // _BLOCK)
+        given += np.bincount(drawn[at % _BLOCK : position % _BLOCK], minlength=len(weights))
+        at = position
+        source = int(drawn[position % _BLOCK])
+        yield source, int(given[source])
 
 
 def _draw(weights: NDArray[np.float64], seed: int, block: int) -> NDArray[np.int64]:

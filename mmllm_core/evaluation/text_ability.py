@@ -22,7 +22,7 @@ from pydantic import Field
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import PathSource, StrictModel, load_config
 from mmllm_core.conversation import IGNORE_INDEX, Message, Rendered, render
-from mmllm_core.data.collate import collate
+from mmllm_core.data.collate import Batch, collate
 from mmllm_core.errors import BundleError
 from mmllm_core.evaluation.accuracy import Score, normalise
 from mmllm_core.language import load_language_model, stop_token_ids
@@ -137,6 +137,22 @@ def text_replies(
 ) -> Iterator[str]:
     """Greedy replies of at most `MAX_NEW_TOKENS`, each in a conversation of its own."""
     stop_ids = stop_token_ids(model.causal_lm, tokenizer)
+    for prompts in text_prompts(tokenizer, questions, batch_size=batch_size):
+        inputs = prompts.to(model.causal_lm.device)
+        new_ids = model.generate(
+            inputs.input_ids, inputs.attention_mask, None, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop_ids
+        )  # (b, n_new)
+        yield from tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+
+
+def text_prompts(
+    tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], *, batch_size: int = 16
+) -> Iterator[Batch]:
+    """Questions as an LM is asked them, each in a conversation of its own: batches in order, padded on the left.
+
+    Raises:
+        ConversationError: a question is empty or longer than 1,024 tokens.
+    """
     for start in range(0, len(questions), batch_size):
         rendered = [
             render(
@@ -148,11 +164,7 @@ def text_replies(
             )
             for question in questions[start : start + batch_size]
         ]
-        inputs = collate(rendered, [], padding="left").to(model.causal_lm.device)
-        new_ids = model.generate(
-            inputs.input_ids, inputs.attention_mask, None, max_new_tokens=MAX_NEW_TOKENS, stop_ids=stop_ids
-        )  # (b, n_new)
-        yield from tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        yield collate(rendered, [], padding="left")
 
 
 @torch.inference_mode()

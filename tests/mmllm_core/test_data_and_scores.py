@@ -58,7 +58,9 @@ def test_overrides_are_read_as_yaml() -> None:
 
 def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("name: x\nprofile: embedded\nstage: instruct\nsteps: 5\n")
+    path.write_text(
+        "name: x\nprofile: embedded\nstage: instruct\nsteps: 5\nlearning_rates: {connector: 1e-3, lm: 1e-3}\n"
+    )
     recipe = load_config(Recipe, path, parse_overrides(["steps=20", "lora.rank=8"]))
     assert recipe.steps == 20
     assert recipe.lora is not None
@@ -68,7 +70,7 @@ def test_overrides_reach_nested_keys(tmp_path: Path) -> None:
 def test_overrides_reach_into_lists(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "name: x\nprofile: embedded\nstage: instruct\nsteps: 5\n"
+        "name: x\nprofile: embedded\nstage: instruct\nsteps: 5\nlearning_rates: {connector: 1e-3, lm: 1e-3}\n"
         "data: {sources: [{dataset: easy-vqa}, {dataset: chat, file: c}]}\n"
     )
     recipe = load_config(Recipe, path, parse_overrides(["data.sources.0.questions_per_image=3"]))

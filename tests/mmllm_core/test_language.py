@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from mmllm_core.config import LanguageConfig, LoraConfig, PathSource
 from mmllm_core.errors import ConfigError, WeightsError
-from mmllm_core.language import add_adapter, load_adapter, load_language_model, load_tokenizer, stop_token_ids
+from mmllm_core.language import add_adapter, load_adapter, load_language_model, load_tokenizer, stop_token_ids, unfreeze
 from tests.conftest import MakeTokenizer, TinyLM
 
 FAMILIES = ["llama", "phi3", "phi"]
@@ -107,6 +107,32 @@ def test_training_at_rate_0_keeps_its_loss_through_evaluations(quantization: str
         with torch.no_grad():
             loss_of(adapted)
     assert len(set(losses)) == 1
+
+
+def test_an_unfrozen_lm_learns_in_the_dtype_that_it_has(folder: Path) -> None:
+    lm = load_language_model(config(folder, "none", "bfloat16"), folder)
+    unfreeze(lm)
+    before = {name: parameter.detach().clone() for name, parameter in lm.named_parameters()}
+    optimizer = torch.optim.SGD(lm.parameters(), lr=0.1)
+    loss_of(lm).backward()
+    optimizer.step()
+    for name, parameter in lm.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_quantized_weights_are_not_unfrozen(quantization: str, folder: Path) -> None:
+    lm = load_language_model(config(folder, quantization, "bfloat16"), folder)
+    with pytest.raises(ConfigError, match="quantized weights cannot be trained"):
+        unfreeze(lm)
+    assert not any(p.requires_grad for p in lm.parameters())
+
+
+def test_an_lm_with_an_adapter_is_not_unfrozen(folder: Path) -> None:
+    adapted = add_adapter(load_language_model(config(folder), folder), LoraConfig(rank=4))
+    with pytest.raises(ConfigError, match="leave 'lora' out"):
+        unfreeze(adapted)  # type: ignore[arg-type]
 
 
 def test_bitsandbytes_would_repack_nf4_weights_of_an_evaluated_lm_if_it_were_let(folder: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mmllm_core.config import BatchingConfig, ConnectorConfig, CrossAttentionConfig, MlpConfig
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID, Rendered
-from mmllm_core.data.batching import Encoded, batches, pack
+from mmllm_core.data.batching import Encoded, micro_batches, pack
 from mmllm_core.data.collate import collate, collate_packed
 from mmllm_core.model import MultimodalLM
 from tests.conftest import TinyLM
@@ -35,7 +35,7 @@ def random_feature(seed: int) -> np.ndarray:
 
 
 def flat(conversations: list[Encoded]) -> list[np.ndarray]:
-    return [feature for c in conversations for feature in c.features]
+    return [image for c in conversations for image in c.images]
 
 
 @pytest.fixture(params=[MlpConfig(), CrossAttentionConfig(every_k_layers=1, head_dim=16)], ids=lambda c: c.kind)
@@ -74,7 +74,7 @@ def test_no_conversation_sees_another_in_its_row(model: MultimodalLM) -> None:
     position_ids, hidden = hidden_states(model, each)
     borders = [0, 7, 13, 20]
     for changed in range(3):
-        others = [conversation(c.n_tokens - len(c.features), len(c.features), rng) for c in each]
+        others = [conversation(c.n_tokens - len(c.images), len(c.images), rng) for c in each]
         perturbed = [*each[:changed], others[changed], *each[changed + 1 :]]
         moved = (hidden_states(model, perturbed)[1] - hidden).abs().amax(-1)[0]  # (t,)
         for number in range(3):
@@ -116,43 +116,34 @@ def test_an_item_longer_than_a_row_is_an_error() -> None:
 
 def stream(n: int) -> Iterator[Encoded]:
     rng = random.Random(4)
-    return (conversation(rng.randrange(2, 40), rng.choice([0, 0, 1, 2]), rng) for _ in range(n))
+    for i in range(n):
+        made = conversation(rng.randrange(2, 40), rng.choice([0, 0, 1, 2]), rng)
+        yield Encoded(made.rendered, made.images, f"sample {i}")
 
 
-@pytest.mark.parametrize("grouping", ["none", "length", "modality"])
+@pytest.mark.parametrize("grouping", ["none", "length"])
 @pytest.mark.parametrize("pack_tokens", [None, 64])
 def test_every_conversation_lands_in_exactly_one_batch(grouping: str, pack_tokens: int | None) -> None:
-    config = BatchingConfig(grouping=grouping, pack_tokens=pack_tokens, window=5)  # type: ignore[arg-type]
-    made = list(batches(stream(103), config, micro_batch=4))
-    total = sum(c.n_tokens for c in stream(103))
-    assert sum(int(batch.attention_mask.sum()) for batch in made) == total
-    assert sum(0 if batch.features is None else len(batch.features) for batch in made) == len(flat(list(stream(103))))
+    config = BatchingConfig(grouping=grouping, pack_tokens=pack_tokens)  # type: ignore[arg-type]
+    whole = list(stream(103))
+    made = micro_batches(whole, config, 4)
+    assert sum(int(batch.attention_mask.sum()) for batch in made) == sum(c.n_tokens for c in whole)
+    assert sum(0 if batch.features is None else len(batch.features) for batch in made) == len(flat(whole))
     assert max(len(batch.input_ids) for batch in made) <= 4
-    expected = sorted(int(t) for c in stream(103) for t in c.rendered.input_ids)
+    expected = sorted(int(t) for c in whole for t in c.rendered.input_ids)
     assert sorted(int(t) for b in made for t in b.input_ids[b.attention_mask.bool()]) == expected
+    assert sorted(id for batch in made for id in batch.ids) == sorted(c.id for c in whole)
 
 
-def test_equal_seeds_give_equal_batches_and_others_do_not() -> None:
-    config = BatchingConfig(grouping="length", window=8)
-    one, same, other = (
-        [b.input_ids.tolist() for b in batches(stream(64), config, micro_batch=2, seed=seed)] for seed in (0, 0, 1)
-    )
-    assert one == same
-    assert one != other
-    assert sorted(map(str, one)) == sorted(map(str, other))
-
-
-def test_grouping_by_length_pads_less() -> None:
+def test_like_lengths_share_a_batch() -> None:
     def padding(config: BatchingConfig) -> int:
-        return sum(int((b.attention_mask == 0).sum()) for b in batches(stream(128), config, micro_batch=4))
+        return sum(int((b.attention_mask == 0).sum()) for b in micro_batches(list(stream(128)), config, 4))
 
     plain = padding(BatchingConfig())
     assert padding(BatchingConfig(grouping="length")) < plain / 2
     assert padding(BatchingConfig(pack_tokens=256)) < plain / 2
 
 
-def test_grouping_by_modality_keeps_text_apart_from_images() -> None:
-    made = batches(stream(128), BatchingConfig(grouping="modality", pack_tokens=64), micro_batch=2)
-    for batch in made:
-        rows_with_images = (batch.input_ids == IMAGE_TOKEN_ID).any(1)
-        assert rows_with_images.all() or not rows_with_images.any()
+def test_a_step_without_conversations_has_no_batches() -> None:
+    assert micro_batches([], BatchingConfig(), 4) == []
+    assert micro_batches([], BatchingConfig(pack_tokens=64), 4) == []

@@ -11,7 +11,7 @@ import yaml
 
 from cluster.local import local_ray, quieten
 from mmllm_core.bundle import Bundle
-from mmllm_core.config import ClipRecipe, LinearConfig, Recipe, parse_config
+from mmllm_core.config import ClipRecipe, Recipe, parse_config
 from mmllm_core.data import easy_vqa
 from mmllm_core.errors import TrainingError
 from mmllm_core.evaluation.accuracy import answer_questions
@@ -72,7 +72,8 @@ def _shared_home(_home_of_the_test: None, profile: Path, monkeypatch: pytest.Mon
 def recipe(profile: Path, **changes: object) -> Recipe:
     """Three steps of what embedded-instruct does."""
     values = {"name": "tiny", "profile": str(profile), "stage": "instruct", "steps": 3, "micro_batch": 2}
-    values |= {"word_alignment_steps": 5, "evaluation_questions": 20, "lora": {"rank": 4}}
+    values |= {"word_alignment_steps": 5, "evaluation_questions": 20, "lora": {"rank": 4}, "batch_size": 4}
+    values |= {"learning_rates": {"connector": 1e-3, "lm": 1e-3}, "tracker": "none"}
     return parse_config(Recipe, values | changes, "test")
 
 
@@ -120,8 +121,7 @@ def test_a_run_records_what_made_it(run: TrainedRun) -> None:
     assert info.data == {"easy-vqa": easy_vqa.SOURCE.sha256}
     assert info.versions["torch"] == torch.__version__.partition("+")[0]
     assert run.after["all"].asked == run.before["all"].asked == 20
-    assert (run.folder / "loss.png").stat().st_size > 1000
-    assert (run.folder / "accuracy.png").stat().st_size > 1000
+    assert run.report.stat().st_size > 1000
 
 
 def test_an_equal_recipe_reuses_the_bundle(run: TrainedRun, profile: Path) -> None:
@@ -131,20 +131,9 @@ def test_an_equal_recipe_reuses_the_bundle(run: TrainedRun, profile: Path) -> No
     assert again.after == run.after
 
 
-def test_a_changed_profile_is_not_taken_for_the_one_that_was_trained(run: TrainedRun, profile: Path) -> None:
-    from mmllm_core.data.mixture import data_hashes
-    from train_jobs.train import _finished_run
-
-    settings, loaded, hashes = recipe(profile), load_profile(str(profile)), data_hashes(recipe(profile).data)
-    changed = loaded.model_copy(update={"connector": LinearConfig()})
-    fingerprint = run.bundle.info.feature_fingerprint
-    assert _finished_run(settings, loaded, fingerprint, hashes) is not None
-    assert _finished_run(settings, changed, fingerprint, hashes) is None
-
-
 def test_a_loss_that_is_not_finite_is_one_named_error(run: TrainedRun, profile: Path) -> None:
-    broken = recipe(profile, name="broken", lora_learning_rate=1e30, connector_learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(TrainingError, match="the loss is"):
+    broken = recipe(profile, name="broken", learning_rates={"connector": 1e30, "lm": 1e30}, warmup_steps=0)
+    with pytest.raises(TrainingError, match="the loss is not finite in a batch of easy-vqa"):
         train(broken)
     assert Bundle.latest().folder == run.bundle.folder, "the last good bundle stays"
 

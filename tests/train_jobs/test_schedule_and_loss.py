@@ -1,8 +1,6 @@
 """The numerics of training that need no Ray."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +8,9 @@ from torch import nn
 
 from mmllm_core.config import Recipe
 from mmllm_core.errors import ConfigError
-from train_jobs.progress import MetricsLog, read_metrics
 from train_jobs.recipe import load_recipe, recipe_names
+from train_jobs.schedule import learning_rates, rate_share
 from train_jobs.train_clip import contrastive_loss
-from train_jobs.train_loop import learning_rate
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -37,11 +34,22 @@ def test_contrastive_loss_does_not_push_images_of_one_caption_apart() -> None:
 def test_learning_rates_warm_up_peak_and_end_near_zero() -> None:
     recipe = load_recipe("embedded-instruct", {"steps": 20, "warmup_steps": 4})
     assert isinstance(recipe, Recipe)
-    rates = [learning_rate(recipe, "lm", step) for step in range(recipe.steps)]
-    assert rates[0] == pytest.approx(recipe.lora_learning_rate / 4)
-    assert max(rates) == recipe.lora_learning_rate
-    assert rates[-1] < 0.02 * recipe.lora_learning_rate
-    assert max(learning_rate(recipe, "connector", s) for s in range(20)) == recipe.connector_learning_rate
+    rates = [learning_rates(recipe, step) for step in range(recipe.steps)]
+    lm = [rate["lm"] for rate in rates]
+    assert lm[0] == pytest.approx(recipe.learning_rates.lm / 4)
+    assert max(lm) == recipe.learning_rates.lm
+    assert lm[-1] < 0.02 * recipe.learning_rates.lm
+    assert max(rate["connector"] for rate in rates) == recipe.learning_rates.connector
+    assert all("vision" not in rate for rate in rates)
+
+
+def test_schedules_differ_after_the_warm_up() -> None:
+    shares = {name: [rate_share(name, step, 2, 10) for step in range(10)] for name in ("cosine", "linear", "constant")}
+    assert all(share[:2] == [0.5, 1.0] for share in shares.values())
+    assert shares["constant"][2:] == [1.0] * 8
+    assert shares["linear"][6] == pytest.approx(0.5)
+    assert shares["cosine"][6] == pytest.approx(0.5)
+    assert shares["cosine"][4] > shares["linear"][4]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -57,12 +65,3 @@ def test_an_unknown_recipe_names_the_known_ones() -> None:
 def test_a_stage_that_contradicts_its_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="align"):
         load_recipe("embedded-instruct", {"stage": "align"})
-
-
-def test_a_half_written_line_of_a_metrics_log_is_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "metrics.jsonl"
-    log = MetricsLog(path)
-    log.write(step=1, loss=2.0)
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"step": 2})[:5])
-    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]

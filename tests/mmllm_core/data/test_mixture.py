@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -73,19 +73,19 @@ def test_a_stream_that_starts_later_is_the_same_stream(
         start %= 200
     whole = training_samples(config(files, streaming=streaming), 3)
     expected = list(islice(whole, start, start + 12 * step, step))
-    assert take(training_samples(config(files, streaming=streaming), 3, start=start, step=step), 12) == expected
+    assert take(training_samples(config(files, streaming=streaming), 3, count(start, step)), 12) == expected
 
 
 def test_starting_late_reads_nothing_that_came_before(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     sample = mixture._MappedSource.sample
     monkeypatch.setattr(mixture._MappedSource, "sample", lambda self, i: read.append(i) or sample(self, i))  # type: ignore[func-returns-value]
-    take(training_samples(config(files), 3, start=100_000), 4)
+    take(training_samples(config(files), 3, count(100_000)), 4)
     assert len(read) == 4
 
 
 def test_workers_shares_make_up_the_stream(files: dict[str, Path]) -> None:
-    shares = [take(training_samples(config(files), 0, start=rank, step=3), 5) for rank in range(3)]
+    shares = [take(training_samples(config(files), 0, count(rank, 3)), 5) for rank in range(3)]
     assert [sample for triple in zip(*shares, strict=True) for sample in triple] == take(
         training_samples(config(files), 0), 15
     )
@@ -96,7 +96,7 @@ def test_easy_vqa_mixes_with_files(files: dict[str, Path], usual_packages: None)
     mixed = parse_config(DataConfig, {"sources": sources}, "test")
     samples = take(training_samples(mixed, 0), 50)
     assert set(map(label, samples)) == {"easy-vqa", "texts"}
-    assert take(training_samples(mixed, 0, start=20), 30) == samples[20:]
+    assert take(training_samples(mixed, 0, count(20)), 30) == samples[20:]
     assert all(sample.images[0].is_file() for sample in samples if label(sample) == "easy-vqa")
     assert len(list(image_paths(mixed))) == 4000
 

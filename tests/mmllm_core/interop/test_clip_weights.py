@@ -40,7 +40,7 @@ def features_of_both(folder: Path, layer: int) -> tuple[Tensor, Tensor]:
     from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
     encoder = ClipEncoder(VisionConfig(source=PathSource(path=folder), feature_layer=layer, cls_token=True), folder)
-    ours = encoder._features(torch.stack([encoder._preprocess(image) for image in pictures()]))
+    ours = encoder.tower(encoder.preprocess(pictures()))
     tower = read_open_clip(folder)
     model = CLIPVisionModel(tower.config).eval()
     model.load_state_dict(

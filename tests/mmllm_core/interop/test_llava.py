@@ -34,8 +34,8 @@ def prompt(n_features: int) -> Tensor:
 def logits_of_both(original: Any, bundle: Bundle) -> tuple[Tensor, Tensor]:
     """The original's logits and the bundle's, for the same pixels and tokens."""
     model, encoder = bundle.load_model(), bundle.load_vision()
-    pixels = encoder._preprocess(picture()).unsqueeze(0)
-    features = encoder._features(pixels)  # as `encode` computes them, before they are stored in half precision
+    pixels = encoder.preprocess([picture()])
+    features = encoder.tower(pixels)  # as `encode` computes them, before they are stored in half precision
     ids = prompt(features.shape[1])
     expected = original(input_ids=ids.masked_fill(ids == IMAGE_TOKEN_ID, IMAGE_ID), pixel_values=pixels).logits
     return expected, model.lm(inputs_embeds=model.embed(ids, features)).logits
@@ -93,10 +93,10 @@ def test_pixels_equal_those_of_the_checkpoints_processor(checkpoint: Any, profil
     _, folder = checkpoint()
     processor = CLIPImageProcessor.from_pretrained(folder, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
     processor.save_pretrained(folder)
-    preprocess = import_llava(folder, profile=profile, name="imported").load_vision()._preprocess
+    preprocess = import_llava(folder, profile=profile, name="imported").load_vision().preprocess
 
     def differ(image: Image.Image) -> float:
-        return float((processor(image, return_tensors="pt").pixel_values[0] - preprocess(image)).abs().max())
+        return float((processor(image, return_tensors="pt").pixel_values[0] - preprocess([image])[0]).abs().max())
 
     assert differ(picture(32, 32)) < 1e-5
     assert differ(picture(40, 48)) < 0.03, "resized and cropped alike, up to rounding to 8 bits"

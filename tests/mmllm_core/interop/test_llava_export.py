@@ -86,7 +86,7 @@ def rendered_ids(bundle: Bundle, *contents: list[Any]) -> list[int]:
 def logits_of_both(bundle: Bundle, model: Any, processor: Any, image: Image.Image) -> tuple[Tensor, Tensor]:
     """Logits over the bundle's vocabulary: the bundle's with features in full precision, and the export's."""
     encoder, ours = bundle.load_vision(), bundle.load_model()
-    features = encoder._features(encoder._preprocess(image).unsqueeze(0))
+    features = encoder.tower(encoder.preprocess([image]))
     ids = torch.tensor([rendered_ids(bundle, [image, QUESTION])])
     expected = ours.lm(inputs_embeds=ours.embed(ids, features)).logits
     found = model(**inputs_of(processor, [image, QUESTION])).logits

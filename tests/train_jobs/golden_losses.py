@@ -1,0 +1,116 @@
+"""The first losses of each embedded recipe, by the training code itself in one process; CLIP is random but seeded.
+
+`python -m tests.train_jobs.golden_losses` writes them anew to `tests/golden/losses.json`, which a test compares.
+A change of numbers there must be meant.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from mmllm_core.models.home import home
+
+N_LOSSES = 20
+FILE = Path(__file__).parent.parent / "golden" / "losses.json"
+
+
+def recipes() -> list[str]:
+    """Every recipe of the embedded profile that trains the multimodal LM."""
+    from mmllm_core.config import Recipe
+    from train_jobs.recipe import load_recipe, recipe_names
+
+    loaded = {name: load_recipe(name) for name in recipe_names()}
+    return [name for name, r in loaded.items() if isinstance(r, Recipe) and r.profile == "embedded"]
+
+
+def first_losses(name: str) -> list[float]:
+    """Losses of a recipe's first steps, one worker with one core's threads."""
+    from train_jobs.deepspeed_ops import build_ops
+
+    build_ops()
+    with tempfile.TemporaryDirectory() as place:
+        torch.multiprocessing.spawn(_train, (name, place, str(home())), nprocs=1)
+        found: list[float] = json.loads((Path(place) / "losses.json").read_text())
+    return found
+
+
+def _train(_rank: int, name: str, place: str, home_folder: str) -> None:
+    from train_jobs.deepspeed_ops import worker_environment
+
+    os.environ["MMLLM_HOME"] = home_folder
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(worker_environment(gpu=False))
+    import deepspeed
+    import torch.distributed as dist
+
+    from mmllm_core.config import Recipe
+    from mmllm_core.language import load_tokenizer
+    from mmllm_core.models.profile import load_profile
+    from mmllm_core.models.resolve import resolve
+    from mmllm_core.vision import ClipEncoder
+    from train_jobs.origins import Origins, build_model
+    from train_jobs.real_time_images import RealTimeImages
+    from train_jobs.recipe import load_recipe
+    from train_jobs.schedule import learning_rates
+    from train_jobs.training_data import Encoding, step_batches
+    from train_jobs.training_step import seed_step, training_step
+    from train_jobs.word_alignment_stage import align_connector
+    from train_jobs.zero import initialise_deepspeed
+
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    deepspeed.init_distributed("gloo")
+    recipe, profile = load_recipe(name), load_profile("embedded")
+    assert isinstance(recipe, Recipe)
+    clip = _seeded_clip(Path(place) / "clip")
+    encoder = ClipEncoder(profile.vision, clip)
+    language = resolve(profile.language.source)
+    origins = Origins(language, clip, encoder.fingerprint, encoder.d_vision, encoder.n_patches)
+    tokenizer = load_tokenizer(language)
+    real_time = recipe.features == "real_time"
+    model = build_model(recipe, profile, origins, "cpu", encoder if real_time else None)
+    images = RealTimeImages(encoder, profile.vision.max_pixels)
+    if recipe.word_alignment_steps:
+        align_connector(model, tokenizer, recipe, images, "cpu")
+    engine = initialise_deepspeed(model, recipe)
+    encoding = Encoding.of(recipe, profile, tokenizer, images.pixels if real_time else images, origins.n_patches)
+    losses = []
+    for step, batches in zip(range(N_LOSSES), step_batches(recipe, encoding), strict=False):
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rates(recipe, step)[group["name"]]
+        seed_step(recipe.seed, step, 0)
+        losses.append(round(training_step(engine, batches, step=step).loss, 5))
+    (Path(place) / "losses.json").write_text(json.dumps(losses))
+
+
+def _seeded_clip(folder: Path) -> Path:
+    """A random vision tower of the embedded CLIP's architecture, in open_clip's layout."""
+    from open_clip.model import _build_vision_tower
+    from safetensors.torch import save_file
+
+    from mmllm_core.config import ClipRecipe
+    from train_jobs.recipe import load_recipe
+
+    recipe = load_recipe("embedded-clip")
+    assert isinstance(recipe, ClipRecipe)
+    folder.mkdir()
+    torch.manual_seed(0)
+    values = recipe.architecture
+    tower = _build_vision_tower(values["embed_dim"], values["vision_cfg"])
+    save_file({f"visual.{k}": v for k, v in tower.state_dict().items()}, folder / "open_clip_model.safetensors")
+    config = {"model_cfg": values, "preprocess_cfg": {"size": values["vision_cfg"]["image_size"]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+if __name__ == "__main__":
+    wanted = sys.argv[1:] or recipes()
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for recipe_name in wanted:
+        known[recipe_name] = first_losses(recipe_name)
+        FILE.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+        print(recipe_name, known[recipe_name][0], "->", known[recipe_name][-1])

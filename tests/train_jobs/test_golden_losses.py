@@ -1,0 +1,27 @@
+"""Numerics do not change unnoticed: the first losses of every embedded recipe are those that were recorded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmllm_core.models.home import home
+from tests.train_jobs.golden_losses import FILE, N_LOSSES, first_losses, recipes
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
+_USUAL_HOME = home()
+
+
+def test_every_embedded_recipe_has_golden_losses() -> None:
+    assert set(GOLDEN) == set(recipes())
+    assert all(len(losses) == N_LOSSES for losses in GOLDEN.values())
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN))
+def test_the_first_losses_are_those_that_were_recorded(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mmllm-home"
+    folder.mkdir()
+    (folder / "packages").symlink_to(_USUAL_HOME / "packages")
+    assert first_losses(name) == pytest.approx(GOLDEN[name], rel=0.02, abs=0.01)

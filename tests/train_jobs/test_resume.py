@@ -1,0 +1,131 @@
+"""Nothing is lost: workers and drivers are killed for real, and runs end as if nothing had been."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cluster.local import local_ray
+from mmllm_core.config import Recipe
+from mmllm_core.errors import ConfigError, TrainingError
+from mmllm_core.models.home import home
+from tests.train_jobs.conftest import TinyRecipe
+from train_jobs.progress import read_metrics, step_lines
+from train_jobs.run_record import LOG, runs_folder
+from train_jobs.train import TrainedRun, resume, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+LONG = {"steps": 120, "checkpoint": {"every_steps": 10}}
+
+
+@pytest.fixture
+def own_ray(tiny_home: Path) -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+def losses(run: TrainedRun) -> list[float]:
+    lines = step_lines(read_metrics(run.folder / LOG))
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def weights(run: TrainedRun) -> dict[str, torch.Tensor]:
+    adapter = load_file(run.bundle.folder / "adapter" / "adapter_model.safetensors")
+    return adapter | load_file(run.bundle.folder / "connector.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def wait_for_step(log: Path, step: int, seconds: float = 200) -> None:
+    """Until a checkpoint of this step or a later one was reported."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if any(line.get("event") == "checkpoint" and line["step"] >= step for line in read_metrics(log)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"{log}: no checkpoint of step {step}")
+
+
+def events(run: TrainedRun, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(run.folder / LOG) if line.get("event") == kind]
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_a_run_whose_worker_is_killed_ends_as_one_that_was_left_alone(tiny_recipe: TinyRecipe) -> None:
+    alone = train(tiny_recipe("alone", **LONG))
+    log = runs_folder() / "killed" / LOG
+
+    def kill_a_worker() -> None:
+        wait_for_step(log, 20)
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())]
+        workers[-1].send_signal(signal.SIGKILL)
+
+    thread = threading.Thread(target=kill_a_worker)
+    thread.start()
+    killed = train(tiny_recipe("killed", **LONG))
+    thread.join()
+    assert [event["step"] >= 10 for event in events(killed, "resumed")] == [True]
+    assert losses(killed) == losses(alone)
+    assert same(weights(killed), weights(alone))
+
+
+def interrupt(recipe: Recipe, step: int, arguments: list[str]) -> None:
+    """Train in a process of its own, and kill that when a checkpoint of `step` is there."""
+    path = home() / f"{recipe.name}.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    command = [sys.executable, "-m", "cluster.cli", "train", *(arguments or [str(path)])]
+    with (home() / "driver.log").open("wb") as output:
+        driver = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=os.environ)
+    try:
+        wait_for_step(runs_folder() / recipe.name / LOG, step)
+    finally:
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()  # the driver alone: what it started must notice
+        driver.wait()
+        for process in psutil.wait_procs(family, timeout=30)[1]:
+            process.kill()
+
+
+def test_a_run_goes_on_with_other_numbers_of_workers_after_its_driver_was_killed(tiny_recipe: TinyRecipe) -> None:
+    settings = LONG | {"steps": 60, "learning_rates": {"connector": 1e-4, "lm": 1e-4}}
+    recipe = tiny_recipe("moved", **settings)
+    interrupt(recipe, 10, [])
+    interrupt(recipe, 30, ["--resume", "moved", "--workers", "1"])
+    with local_ray():
+        moved = resume("moved", {"workers": 2})
+        whole = train(tiny_recipe("whole", **settings))
+        assert [event["workers"] for event in events(moved, "resumed")] == [1, 2]
+        assert losses(moved) == pytest.approx(losses(whole), rel=5e-3)
+        ids = [line["samples"] for line in step_lines(read_metrics(moved.folder / LOG))]
+        assert ids == [4] * 60
+
+
+def test_what_is_learned_may_not_change_when_a_run_goes_on(tiny_recipe: TinyRecipe) -> None:
+    with pytest.raises(TrainingError, match="no such run"):
+        resume("nowhere")
+    from train_jobs.run_inputs import RunInputs, write_inputs
+
+    recipe = tiny_recipe("inputs")
+    from train_jobs.origins import starting_profile
+
+    inputs = RunInputs(recipe=recipe, profile=starting_profile(recipe), fingerprint="0")
+    write_inputs(runs_folder() / "inputs", inputs)
+    with pytest.raises(ConfigError, match=r"steps.*would change what is learned"):
+        resume("inputs", {"steps": 12})
+    with pytest.raises(TrainingError, match=r"CLIP .* changed since the run began"):
+        resume("inputs")

@@ -1,0 +1,174 @@
+"""Every stage from recipe to bundle, over Ray, with tiny models: what is trained moves, and nothing else does."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cluster.local import local_ray
+from mmllm_core.bundle import Bundle
+from mmllm_core.config import Recipe
+from mmllm_core.errors import ConfigError, EnvironmentLack, TrainingError
+from tests.train_jobs.conftest import TinyRecipe
+from train_jobs.embed_images import embed_recipe
+from train_jobs.progress import read_metrics, step_lines
+from train_jobs.run_record import LOG, read_run, runs_folder
+from train_jobs.train import TrainedRun, train
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray(tiny_home: Path) -> Iterator[None]:
+    with local_ray():
+        yield
+
+
+@pytest.fixture(scope="module")
+def chat(tiny_home: Path) -> dict[str, str]:
+    """A source of text conversations."""
+    path = tiny_home / "chat.jsonl"
+    lines = [
+        f'{{"messages": [{{"role": "user", "content": "Count to {i}."}}, {{"role": "assistant", "content": "{i}"}}]}}'
+        for i in range(20)
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return {"dataset": "chat", "file": str(path)}
+
+
+def losses(run: TrainedRun) -> list[float]:
+    return [line["loss"] for line in step_lines(read_metrics(run.folder / LOG))]
+
+
+def connector_of(bundle: Bundle) -> dict[str, torch.Tensor]:
+    return load_file(bundle.folder / "connector.safetensors")
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stored_features_give_the_losses_of_real_time_ones(tiny_recipe: TinyRecipe) -> None:
+    stored = tiny_recipe("stored", features="stored", tracker="tensorboard", evaluation_questions=6)
+    embed_recipe(stored)
+    run = train(stored)
+    assert losses(run) == pytest.approx(losses(train(tiny_recipe("real-time"))), rel=1e-3)
+    assert [answer.kind for answer in read_run(run.folder).answers]
+    assert list((run.folder / "tensorboard").iterdir())
+    line = step_lines(read_metrics(run.folder / LOG))[-1]
+    assert line["samples"] == 4
+    assert line["tokens"] > line["supervised"] > 0
+    assert 0 < line["mfu"] < 1
+    assert line["memory_gb"] > 0.1
+    assert {"lr_connector", "lr_lm"} < line.keys()
+
+
+def test_an_aligned_connector_is_tuned_further(tiny_recipe: TinyRecipe) -> None:
+    aligned = train(
+        tiny_recipe("aligned", stage="align", lora=None, learning_rates={"connector": 1e-2}, zero={"stage": 0})
+    )
+    assert not (aligned.bundle.folder / "adapter").exists()
+    tuned = train(tiny_recipe("tuned", from_bundle="aligned"))
+    assert (tuned.bundle.folder / "adapter").is_dir()
+    assert losses(tuned)[0] < losses(aligned)[0], "it starts where the alignment ended"
+    assert not equal(connector_of(tuned.bundle), connector_of(aligned.bundle))
+    again = train(tiny_recipe("tuned-further", from_bundle="tuned", steps=2))
+    assert losses(again)[0] < losses(tuned)[0]
+    with pytest.raises(ConfigError, match="rank 4 .* rank|rank 4 and"):
+        train(tiny_recipe("other-rank", from_bundle="tuned", lora={"rank": 8}))
+
+
+def test_a_text_stage_leaves_the_connector_as_it_was(tiny_recipe: TinyRecipe, chat: dict[str, str]) -> None:
+    settings = {"stage": "text", "data": {"sources": [chat]}, "learning_rates": {"lm": 1e-2}, "features": "stored"}
+    adapter = train(tiny_recipe("text", **settings))
+    assert losses(adapter)[-1] < losses(adapter)[0]
+    assert adapter.bundle.load_model().adapter is not None
+
+
+def test_all_of_an_lm_and_of_clips_tower_are_trained_and_bundled(tiny_recipe: TinyRecipe, tiny_home: Path) -> None:
+    values = yaml.safe_load((tiny_home / "tiny.yaml").read_text(encoding="utf-8"))
+    values["language"] |= {"quantization": "none"}
+    (tiny_home / "whole.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    settings = {
+        "profile": str(tiny_home / "whole.yaml"),
+        "stage": "end_to_end",
+        "lora": None,
+        "learning_rates": {"connector": 1e-3, "lm": 1e-3, "vision": 1e-3},
+        "gradient_checkpointing": True,
+        "zero": {"stage": 3},
+        "evaluation_questions": 4,
+    }
+    run = train(tiny_recipe("all", **settings))
+    assert losses(run)[-1] < losses(run)[0]
+    model, vision = run.bundle.load_model(), run.bundle.load_vision()
+    start = Recipe.model_validate(run.bundle.info.recipe)
+    from train_jobs.origins import find_origins, starting_profile
+
+    origins = find_origins(start, starting_profile(start))
+    assert vision.fingerprint != origins.fingerprint
+    from transformers import AutoModelForCausalLM
+
+    untrained = AutoModelForCausalLM.from_pretrained(origins.language).state_dict()
+    trained = model.causal_lm.state_dict()
+    moved = [name for name in untrained if not torch.equal(untrained[name].float(), trained[name].float())]
+    assert len(moved) > len(untrained) // 2
+
+
+def test_a_missing_image_is_named_with_its_sample_and_checkpoints_stay(
+    tiny_recipe: TinyRecipe, tiny_home: Path
+) -> None:
+    from PIL import Image
+
+    rows = []
+    for i in range(8):
+        Image.new("RGB", (32, 32), (i * 20, 0, 0)).save(tiny_home / f"image-{i}.png")
+        said = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+        rows.append({"id": f"row-{i}", "image": f"image-{i}.png", "conversations": said})
+    file = tiny_home / "images.json"
+    import json
+
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    recipe = tiny_recipe(
+        "missing",
+        data={"sources": [{"dataset": "llava", "file": str(file), "images": str(tiny_home)}]},
+        steps=200,
+        workers=1,
+    )
+    log = runs_folder() / "missing" / LOG
+    import threading
+    import time
+
+    def lose_an_image() -> None:
+        while not any(line.get("event") == "checkpoint" for line in read_metrics(log)):
+            time.sleep(0.02)
+        (tiny_home / "image-3.png").unlink()
+
+    thread = threading.Thread(target=lose_an_image)
+    thread.start()
+    with pytest.raises(TrainingError, match=r"sample '.*row-3.*image-3\.png"):
+        train(recipe)
+    thread.join()
+    assert sum("phase" in line and line["phase"] == "training" for line in read_metrics(log)) == 1, "not tried again"
+    Image.new("RGB", (32, 32), (60, 0, 0)).save(tiny_home / "image-3.png")
+    run = train(recipe)  # which goes on
+    assert [line["event"] for line in read_metrics(log) if line.get("event") == "resumed"] == ["resumed"]
+    assert len(losses(run)) == 200
+
+
+def test_a_place_for_checkpoints_that_cannot_be_written_ends_a_run_before_it_starts(
+    tiny_recipe: TinyRecipe, tiny_home: Path
+) -> None:
+    (tiny_home / "a-file").write_text("")
+    place = tiny_home / "a-file" / "checkpoints"
+    with pytest.raises(EnvironmentLack, match=r"checkpoint\.storage: .*a-file.*cannot be written"):
+        train(tiny_recipe("unwritable", checkpoint={"storage": str(place)}))
+
+
+def test_checkpoints_go_to_any_filesystem_of_fsspec(tiny_recipe: TinyRecipe, tiny_home: Path) -> None:
+    place = tiny_home / "elsewhere"
+    run = train(tiny_recipe("elsewhere", checkpoint={"every_steps": 2, "storage": f"local://{place}", "keep": 2}))
+    assert len(list((place / "elsewhere").glob("checkpoint_*/weights.safetensors"))) == 2
+    assert len(losses(run)) == 6

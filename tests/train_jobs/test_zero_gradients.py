@@ -1,0 +1,134 @@
+"""Every ZeRO stage takes the steps that one process takes, with all of the model trained and gradients checkpointed."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluster.local import local_ray, quieten
+from mmllm_core.config import LoraConfig, MlpConfig, PathSource, VisionConfig
+from mmllm_core.connectors import LmShape, build_connector
+from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
+from mmllm_core.data.collate import Batch, collate
+from mmllm_core.language import add_adapter, unfreeze
+from mmllm_core.model import MultimodalLM
+from mmllm_core.vision import ClipEncoder
+from tests.conftest import TinyLM
+from train_jobs.deepspeed_ops import build_ops, worker_environment
+from train_jobs.launch import Kept, Workers, run_workers
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+STEPS = 3
+RATE = 0.02
+environment: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def _ray_with_ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Ray, and DeepSpeed's op compiled in a home of its own."""
+    quieten()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMLLM_HOME", str(tmp_path_factory.mktemp("home")))
+        build_ops()
+        environment.update(worker_environment(gpu=False))
+        with local_ray():
+            yield
+
+
+def build(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> tuple[MultimodalLM, ClipEncoder]:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    lm: Any = AutoModelForCausalLM.from_pretrained(lm_folder)
+    connector = build_connector(MlpConfig(), 32, LmShape(64, 2))
+    if adapter:
+        lm = add_adapter(lm.requires_grad_(False), LoraConfig(rank=4))
+    else:
+        unfreeze(lm)
+    clip = ClipEncoder(VisionConfig(source=PathSource(path=clip_folder)), clip_folder)
+    clip.tower.unfreeze()
+    model = MultimodalLM(lm, connector, clip.tower).train()
+    model.checkpoint_gradients()
+    return model, clip
+
+
+def batch_of(step: int, worker: int, clip: ClipEncoder) -> tuple[Batch, torch.Tensor | None]:
+    """Worker 0 sees an image at even steps, worker 1 at odd ones; worker 1 has nothing supervised at step 1."""
+    rng = np.random.default_rng([step, worker])
+    n_images = int(step % 2 == worker)
+    words = rng.integers(1, 300, 6 + worker).tolist()
+    ids = [IMAGE_TOKEN_ID] * 16 * n_images + words
+    labels = [-100] * 16 * n_images + ([-100] * len(words) if (step, worker) == (1, 1) else words)
+    image = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
+    features = [np.zeros((1, 1), np.float16)] * n_images
+    return collate([Rendered(ids, labels, n_images)], features), clip.preprocess([image]) if n_images else None
+
+
+def n_supervised(step: int, clip: ClipEncoder) -> int:
+    return sum(batch_of(step, worker, clip)[0].n_supervised for worker in range(2))
+
+
+def loss_sum(model: Any, step: int, worker: int, clip: ClipEncoder) -> torch.Tensor:
+    batch, pixels = batch_of(step, worker, clip)
+    return model(batch.input_ids, batch.attention_mask, batch.labels, None, None, pixels)
+
+
+@pytest.mark.parametrize(("stage", "adapter"), [(1, True), (2, False), (3, True), (3, False)])
+@pytest.mark.usefixtures("_ray_with_ops")
+def test_losses_equal_those_of_one_process(
+    stage: int, adapter: bool, tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    lm_folder, clip_folder = tmp_path / "lm", tiny_clip()
+    tiny_lm("phi").save_pretrained(lm_folder)
+    model, clip = build(lm_folder, clip_folder, adapter=adapter)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    expected = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = sum(loss_sum(model, step, worker, clip) for worker in range(2)) / n_supervised(step, clip)
+        loss.backward()
+        optimizer.step()
+        expected.append(float(loss))
+    assert abs(expected[0] - expected[-1]) > 0.01
+
+    variables = dict(environment)
+
+    def work(_: dict[str, object]) -> None:
+        os.environ.update(variables)
+        import deepspeed
+        import ray.train
+        import torch.distributed as dist
+
+        worker = ray.train.get_context().get_world_rank()
+        model, clip = build(lm_folder, clip_folder, adapter=adapter)
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE),
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_clipping": 0.0,  # it would clip to 1 by itself
+                # ZeRO-3 would keep parameters as small as these whole on every worker.
+                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+            },
+        )
+        losses = []
+        for step in range(STEPS):
+            loss = loss_sum(engine, step, worker, clip) / n_supervised(step, clip)
+            engine.backward(loss * 2)  # DeepSpeed averages over workers
+            engine.step()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            losses.append(float(total))
+        if worker == 0:
+            np.save(tmp_path / "losses.npy", np.array(losses))
+
+    run_workers(work, {}, name=f"zero-{stage}-{adapter}", workers=Workers(2), kept=Kept(str(tmp_path / "ray")))
+    assert np.allclose(np.load(tmp_path / "losses.npy"), expected, rtol=1e-5)

@@ -1,0 +1,75 @@
+"""Held-out questions of a run: asked before and after training, each worker its share.
+
+In: a model and where images' features come from. Out, on every worker: answers to all questions, in their order; and a
+file of both. Scores follow from the answers. Does not know how the model is trained.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmllm_core.data import easy_vqa
+from mmllm_core.data.sample import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mmllm_core.model import MultimodalLM
+
+
+class HeldOutQuestions:
+    """easy-VQA's test questions, as many as a recipe asks; without any nothing is asked.
+
+    Args:
+        limit: how many, drawn at random by `seed`.
+    """
+
+    def __init__(self, limit: int, seed: int):
+        self.questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed) if limit else []
+
+    def ask(
+        self,
+        model: "MultimodalLM",
+        tokenizer: "PreTrainedTokenizerBase",
+        features: Callable[[Path], NDArray[np.float16]],
+    ) -> list[str]:
+        """Answers to all questions; all workers of the process group take part."""
+        import torch.distributed as dist
+
+        from mmllm_core.evaluation.accuracy import answer_questions
+
+        if not self.questions:
+            return []
+        rank, world = dist.get_rank(), dist.get_world_size()
+        # What asks about one image stays together: its prompts share a beginning.
+        order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].image)
+        share = order[rank * len(order) // world : (rank + 1) * len(order) // world]
+        model.eval()
+        found = answer_questions(model, tokenizer, [self.questions[i] for i in share], features)
+        model.train()
+        shares: list[Any] = [None] * world
+        dist.all_gather_object(shares, list(zip(share, found, strict=True)))
+        answers = dict(pair for part in shares for pair in part)
+        return [answers[i] for i in range(len(self.questions))]
+
+
+def write_answers(path: Path, questions: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> None:
+    """Write questions with both answers as the JSON that `train_jobs.run_record` reads."""
+    rows = [
+        {
+            "image": str(asked.image),
+            "question": asked.question,
+            "right": asked.answer,
+            "kind": asked.kind,
+            "before": was,
+            "after": now,
+        }
+        for asked, was, now in zip(questions, before, after, strict=True)
+    ]
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,274 @@
+"""How many bytes a training worker takes, part by part: arithmetic alone.
+
+In: a `ModelShape`, a `BatchShape` and where it runs. Out: a `Memory` whose parts add up to the peak.
+Does not know files, tokenizers or recipes.
+
+Letters in formulas: b rows, t positions of the longest row, h `d_model`, f `d_feed_forward`, a heads of width d, V the
+vocabulary, r ranks, N workers, P trainable parameters.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from mmllm_core.config import Quantization
+from train_jobs.model_shape import ModelShape
+
+ZeroStage = Literal[0, 1, 2, 3]
+ZERO_STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
+Attention = Literal["eager", "sdpa"]
+
+ACCOUNTED = frozenset({"llama", "phi3", "phi"})
+"""By `model_type`: LMs whose layers the arithmetic was held against. Others are counted as Llama's."""
+_BF16, _FP32 = 2, 4
+_REDUCE_BUCKET = 5e8
+"""Gradients that DeepSpeed makes room for before it exchanges them: `reduce_bucket_size`, by default."""
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The largest batch of a worker."""
+
+    rows: int
+    length: int
+    """Positions of a row, padding included."""
+    n_supervised: float
+    """Supervised positions of a row."""
+    n_images: float
+    """Images of a row."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how a worker trains."""
+
+    zero_stage: ZeroStage
+    workers: int
+    gpu: bool
+    runtime: float
+    """Bytes taken before anything of the model is there."""
+    slack: float
+    """What the allocator holds beyond what is in use, as a share of what a step adds."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    gradient_checkpointing: bool = False
+    logits_at_once: int | None = None
+    """Logits that the loss holds at any time; None if it holds those of all supervised positions."""
+
+    @property
+    def attention(self) -> Attention:
+        """As `mmllm_core.language.load_language_model` chooses."""
+        return "sdpa" if self.gpu else "eager"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker at its peak, which is where the backward pass begins, or the optimizer's step."""
+
+    runtime: float
+    mapped: float
+    """The LM's file, which stays mapped into memory on CPU, as embeddings and norms are used where they lie in it."""
+    weights: float
+    """What is frozen: the LM, as far as it is not the mapped file, and CLIP's tower where it runs."""
+    trainable: float
+    """What is trained, as the forward pass sees it."""
+    gradients: float
+    optimizer: float
+    """Master copy and AdamW's two moments."""
+    activations: float
+    logits: float
+    working: float
+    """What a layer's backward pass needs for the moment."""
+    bucket: float
+    """Where DeepSpeed gathers gradients to exchange them."""
+    slack: float
+    update: float
+    """What the optimizer's step takes beyond what the backward pass has given back: its gradients in float32."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(getattr(self, field.name) for field in fields(self)))
+
+
+def memory(model: ModelShape, batch: BatchShape, setting: Setting) -> Memory:
+    """Bytes of a worker at its peak.
+
+    The states of training follow ZeRO (Rajbhandari et al., arXiv:1910.02054, section 5): with N workers, stage 1 keeps
+    an N-th of the optimizer's state, stage 2 also of the gradients, stage 3 also of all parameters, frozen ones
+    included. DeepSpeed keeps, for each trainable parameter, 2 bytes in bfloat16, 2 of gradient, and 12 of float32
+    master copy and moments (section 3.1, K = 12). At stage 3 the largest layer is gathered whole while it runs.
+
+    ZeRO-Offload (Ren et al., arXiv:2101.06840, section 4) takes the optimizer's state out of a GPU's memory, and from
+    stage 2 on gradients, as they come; ZeRO-Infinity (arXiv:2104.07857) also parameters. On CPU both stay where they
+    are. Gradients are accumulated where they lie: more micro-batches a step take nothing more.
+    """
+    share = 1 / setting.workers
+    stage, trained = setting.zero_stage, model.n_trainable
+    quantized = bytes_per_weight(model.quantization, model.dtype_bytes)
+    parameters_share = share if stage >= 3 else 1.0
+    gradients_share = share if stage >= 2 else 1.0
+    optimizer_share = share if stage >= 1 else 1.0
+    if setting.gpu and setting.offload_parameters:
+        parameters_share = 0.0
+    optimizer_here = not (setting.gpu and setting.offload_optimizer)
+    if not optimizer_here and stage >= 2:
+        gradients_share = 0.0
+    activations = activation_bytes(model, setting, batch)
+    logits = logit_bytes(model, batch, setting.logits_at_once)
+    working = working_bytes(model, setting, batch)
+    gathered = model.largest_linear * quantized if stage >= 3 else 0.0
+    transient = activations + logits + working
+    float_gradients = _FP32 * trained * optimizer_share if optimizer_here else 0.0
+    lies_in_its_file = not setting.gpu and not model.trains_whole_lm  # trained weights move to DeepSpeed's buffers
+    return Memory(
+        runtime=setting.runtime,
+        mapped=float((model.n_linear + model.n_kept) * model.dtype_bytes) if lies_in_its_file else 0.0,
+        weights=frozen_bytes(model, setting) * parameters_share + gathered,
+        trainable=_BF16 * trained * parameters_share,
+        gradients=_BF16 * trained * gradients_share,
+        optimizer=3 * _FP32 * trained * optimizer_share if optimizer_here else 0.0,
+        activations=activations,
+        logits=logits,
+        working=working,
+        bucket=bucket_bytes(model, setting),
+        slack=setting.slack * transient,
+        update=max(0.0, float_gradients - transient),
+    )
+
+
+def frozen_bytes(model: ModelShape, setting: Setting) -> float:
+    """Bytes of what is not trained, whole: the LM's weights, on CPU only what is quantized and so lies not in the
+    mapped file, and CLIP's tower in float32."""
+    tower = model.tower.n_parameters * _FP32 if model.tower and not model.n_trained_tower else 0
+    if model.trains_whole_lm:
+        return float(tower)
+    if setting.gpu:
+        return weight_bytes(model) + tower
+    quantized = bytes_per_weight(model.quantization, model.dtype_bytes)
+    return model.n_linear * quantized * (model.quantization != "none") + tower
+
+
+def bytes_per_weight(quantization: Quantization, dtype_bytes: int) -> float:
+    """Bytes of a weight of a linear layer.
+
+    NF4: 4 bits, and of double quantization 8 bits for each 64 weights and 32 for each 256 of those, that is 0.127 bits
+    a weight (QLoRA: Dettmers et al., arXiv:2305.14314, section 3). int8: 8 bits; its scales, one a row, are left out
+    (Dettmers et al., arXiv:2208.07339).
+    """
+    if quantization == "nf4":
+        return (4 + 8 / 64 + 32 / (64 * 256)) / 8
+    return 1.0 if quantization == "int8" else float(dtype_bytes)
+
+
+def weight_bytes(model: ModelShape) -> float:
+    """Bytes of the frozen LM: quantized linear layers, and embeddings, head and norms in the LM's dtype."""
+    quantized = bytes_per_weight(model.quantization, model.dtype_bytes)
+    return model.n_linear * quantized + model.n_kept * model.dtype_bytes
+
+
+def activation_bytes_per_position(model: ModelShape, attention: Attention, length: int) -> float:
+    """Bytes that the LM's layers keep for their backward pass, for one position of a row of `length`.
+
+    The account of Korthikanti et al. (arXiv:2205.05198, section 4.1), taken anew for the layers that transformers runs:
+    there is no dropout, frozen linear layers keep nothing of their inputs, and adapted or trained ones keep what they
+    read. Tests hold it against what autograd keeps of small models.
+
+    Attention keeps queries, keys and values (6 a d, keys and values repeated for each head). `eager` keeps the softmax
+    in float32 and again in bfloat16: 6 a t, which grows with the square of a row. `sdpa` keeps its result and a float32
+    log-sum for each head instead (FlashAttention, arXiv:2205.14135, section 3.1), and the mask of padding in bfloat16,
+    2 t, which every layer converts for itself.
+    """
+    layer = _phi2_layer(model) if model.model_type == "phi" else _gated_layer(model)
+    heads = model.n_heads * model.head_dim
+    layer += 3 * _BF16 * heads
+    if attention == "eager":
+        layer += (_BF16 + _FP32) * model.n_heads * length
+    else:
+        layer += _BF16 * heads + _FP32 * model.n_heads + _BF16 * length
+    adapter = model.adapter
+    if adapter:
+        layer += _BF16 * adapter.per_layer_rank
+        if adapter.dropout:  # each adapted layer drops for itself: its own input, and a mask of one byte
+            layer += (_BF16 + 1) * adapter.per_layer_inputs
+        elif attention == "eager":
+            layer += _BF16 * heads  # sdpa's result is kept anyway
+    elif model.trains_whole_lm and attention == "eager":
+        layer += _BF16 * heads
+    final_norm = _BF16 * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
+    return model.n_layers * layer + final_norm + model.cross_attention_bytes
+
+
+def _gated_layer(model: ModelShape) -> float:
+    """Llama, Phi-3 and their like: two RMS norms that keep float32 copies and scales (8 h + 8), and a gated
+    feed-forward layer that keeps gate, activated gate and up-projection (6 f); with an adapter also what it reads (4 h
+    + 2 f)."""
+    kept = 2 * _FP32 * (model.d_model + 1) + 3 * _BF16 * model.d_feed_forward
+    if _keeps_inputs(model):
+        kept += 2 * _BF16 * model.d_model + _BF16 * model.d_feed_forward
+    if model.trains_whole_lm:
+        kept += 2 * _BF16 * model.d_model  # what each norm's scale is multiplied with
+    return kept
+
+
+def _phi2_layer(model: ModelShape) -> float:
+    """phi-2: one layer norm for attention and feed-forward layer (2 h + 4), and a GELU that transformers spells out in
+    elementary operations, which keep four tensors (8 f); with an adapter also what it reads (2 h + 2 f)."""
+    kept = _BF16 * (model.d_model + 2) + 4 * _BF16 * model.d_feed_forward
+    if _keeps_inputs(model):
+        kept += _BF16 * model.d_model + _BF16 * model.d_feed_forward
+    return kept
+
+
+def _keeps_inputs(model: ModelShape) -> bool:
+    """Whether linear layers keep what they read once for all that read it; with dropout each keeps its own."""
+    return model.trains_whole_lm or (model.adapter is not None and not model.adapter.dropout)
+
+
+def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
+    """Bytes that a micro-batch keeps for its backward pass.
+
+    With gradient checkpointing (Chen et al., arXiv:1604.06174) a layer keeps its input alone, 2 h a position, and one
+    layer at a time keeps all that it would have kept.
+    """
+    whole = activation_bytes_per_position(model, setting.attention, batch.length)
+    if setting.gradient_checkpointing:
+        kept = model.n_layers * _BF16 * model.d_model + whole / model.n_layers + model.cross_attention_bytes
+    else:
+        kept = whole
+    image = model.connector_bytes * bool(model.n_trained_connector)
+    if model.tower and model.n_trained_tower:
+        image += model.tower.kept_bytes
+    return batch.rows * (kept * batch.length + batch.n_images * image)
+
+
+def logit_bytes(model: ModelShape, batch: BatchShape, at_once: int | None) -> float:
+    """Bytes of logits, which exist at supervised positions alone (`mmllm_core.model`).
+
+    Held all at once: their logarithmic softmax and its gradient in float32, and the gradient in bfloat16: 10 V a
+    position. Chunk by chunk (Liger: Hsu et al., arXiv:2410.10989; Wijmans et al., arXiv:2411.09009): a chunk in float32
+    and its gradient in bfloat16, 6 bytes a logit, and the gradient of all hidden states, 2 h a position.
+    """
+    positions = batch.rows * batch.n_supervised
+    if at_once is None:
+        return positions * model.vocabulary * (2 * _FP32 + _BF16)
+    chunk = min(positions, max(1, at_once // model.vocabulary))
+    return chunk * model.vocabulary * (_FP32 + _BF16) + positions * _BF16 * model.d_model
+
+
+def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
+    """Bytes for the moment: gradients of what one layer kept, and its largest weight dequantized (QLoRA, section 3)."""
+    layer = activation_bytes_per_position(model, setting.attention, batch.length) / model.n_layers
+    dequantized = 0.0 if model.quantization == "none" else float(_BF16 * model.largest_linear)
+    return batch.rows * batch.length * layer + dequantized
+
+
+def bucket_bytes(model: ModelShape, setting: Setting) -> float:
+    """Bytes of DeepSpeed's reduce bucket. Stages 1 to 3 allocate it whole at each step; pages of it that gradients
+    never reach take nothing on CPU. Stage 0 flattens the gradients that there are."""
+    whole = setting.gpu and setting.zero_stage > 0
+    return _BF16 * (_REDUCE_BUCKET if whole else min(_REDUCE_BUCKET, float(model.n_trainable)))
+
+
+def checkpoint_bytes(model: ModelShape) -> float:
+    """Bytes of what a bundle holds of a run: the connector in float32, and what else was trained in bfloat16."""
+    return _FP32 * model.n_connector + _BF16 * (model.n_trained_lm + model.n_trained_tower)

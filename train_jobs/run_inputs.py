@@ -1,0 +1,112 @@
+"""What a run was started with, kept in its folder: so that it goes on with the same, or not at all.
+
+    recipe.yaml     the recipe as it is run, for people and reports
+    inputs.json     the same, and the profile, data hashes and CLIP that it met
+
+Does not know how the run goes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from mmllm_core.config import Profile, Recipe, StrictModel, apply_overrides, parse_config
+from mmllm_core.errors import ConfigError, TrainingError
+from train_jobs.run_record import RECIPE
+
+_INPUTS = "inputs.json"
+_HOW = frozenset(
+    {
+        "workers",
+        "min_workers",
+        "gpus_per_worker",
+        "zero",
+        "micro_batch",
+        "gradient_checkpointing",
+        "checkpoint",
+        "max_restarts",
+        "on_non_finite",
+        "tracker",
+    }
+)
+"""Settings of a recipe that say how it is run; all others say what is learned."""
+
+
+class RunInputs(StrictModel):
+    """`inputs.json`."""
+
+    recipe: Recipe
+    profile: Profile
+    fingerprint: str
+    """Of the CLIP encoder."""
+    data: dict[str, str] = Field(default_factory=dict)
+    """sha256 of files by source."""
+    start: str | None = None
+    """sha256 of the manifest of the bundle that the run goes on from."""
+
+    @staticmethod
+    def learns_the_same(one: Recipe, other: Recipe) -> bool:
+        """Whether two recipes differ at most in how they are run."""
+        return one.model_dump(exclude=set(_HOW)) == other.model_dump(exclude=set(_HOW))
+
+    def gives_the_same_as(self, other: "RunInputs") -> bool:
+        """Whether a run of these could go on as one of the others."""
+        return self.learns_the_same(self.recipe, other.recipe) and self.model_dump(exclude={"recipe"}) == (
+            other.model_dump(exclude={"recipe"})
+        )
+
+    def changed(self, changes: dict[str, Any]) -> Recipe:
+        """The recipe with other settings of how it is run.
+
+        Args:
+            changes: by dotted key, as `parse_overrides` gives them.
+
+        Raises:
+            ConfigError: a setting of what is learned, or one that does not validate.
+        """
+        for key in changes:
+            if key.partition(".")[0] not in _HOW:
+                raise ConfigError(
+                    f"--resume: '{key}' would change what is learned, and a resumed run may change only "
+                    f"{', '.join(sorted(_HOW))}: start another run"
+                )
+        values = self.recipe.model_dump(mode="json")
+        apply_overrides(values, changes)
+        return parse_config(Recipe, values, f"run '{self.recipe.name}'")
+
+    def require_unchanged(self, profile: Profile, fingerprint: str, data: dict[str, str]) -> None:
+        """Hold what is there now against what the run was started with.
+
+        Raises:
+            TrainingError: something differs; the message says what.
+        """
+        changed = [f"data source '{label}'" for label in sorted(data) if self.data.get(label) != data[label]]
+        if fingerprint != self.fingerprint:
+            changed.insert(0, "CLIP (its weights or which layer is taken)")
+        if profile != self.profile:
+            changed.insert(0, f"profile '{profile.name}'")
+        if changed:
+            raise TrainingError(
+                f"--resume {self.recipe.name}: {changed[0]} changed since the run began: bring it back, or start "
+                "another run"
+            )
+
+
+def read_inputs(folder: Path) -> RunInputs | None:
+    """What a run was started with; None where no run was, or one of another mmllm."""
+    path = folder / _INPUTS
+    try:
+        return RunInputs.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_inputs(folder: Path, inputs: RunInputs) -> None:
+    """Record what a run is started with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(
+        yaml.safe_dump(inputs.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
+    (folder / _INPUTS).write_text(inputs.model_dump_json(indent=2), encoding="utf-8")

@@ -1,0 +1,114 @@
+"""One optimizer step: micro-batches forward and backward, gradients of the mean over all supervised tokens.
+
+In: a DeepSpeed engine and this worker's micro-batches. Out: what the step measured. Every worker runs as many
+micro-batches as the one with the most, the missing ones blank, for they exchange gradients in each. Does not know
+data, recipes or checkpoints.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mmllm_core.data.collate import Batch, blank_batch
+from mmllm_core.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of all workers together."""
+
+    loss: float
+    """Per supervised token that was learned from."""
+    grad_norm: float
+    """Before clipping; infinite where DeepSpeed dropped the step."""
+    tokens: int
+    """Without padding."""
+    supervised: int
+    samples: int
+    images: int
+    skipped: tuple[str, ...] = ()
+    """Ids of samples that were left out because their loss was not finite."""
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers of a step (dropout) follow from seed, step and worker: a resumed run draws the same."""
+    import torch
+
+    torch.manual_seed(hash((seed, step, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def training_step(
+    engine: Any, batches: Sequence[Batch], *, step: int, on_non_finite: Literal["stop", "skip"] = "stop"
+) -> StepResult:
+    """Run one optimizer step; all workers call it.
+
+    DeepSpeed averages gradients over workers, and micro-batches hold different numbers of supervised tokens: each
+    scales its sum so that what comes out is the gradient of the mean over the step's supervised tokens, however many
+    workers and micro-batches share them.
+
+    Raises:
+        TrainingError: a loss is not finite, and `on_non_finite` says stop; the message names the samples.
+    """
+    import torch
+    import torch.distributed as dist
+
+    world, device = dist.get_world_size(), engine.device
+    counts = torch.tensor(
+        [
+            sum(batch.n_supervised for batch in batches),
+            sum(int(batch.attention_mask.sum()) for batch in batches),
+            sum(len(batch.ids) for batch in batches),
+            sum(batch.n_images for batch in batches),
+        ],
+        dtype=torch.float64 if device.type == "cpu" else torch.float32,
+        device=device,
+    )
+    rounds = torch.tensor(len(batches), device=device)
+    dist.all_reduce(counts)
+    dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
+    supervised, tokens, samples, images = (int(count) for count in counts.tolist())
+    total = torch.zeros((), device=device)
+    skipped: list[str] = []
+    for i in range(int(rounds)):
+        batch = (batches[i] if i < len(batches) else blank_batch()).to(device)
+        engine.set_gradient_accumulation_boundary(i + 1 == int(rounds))
+        loss = _forward(engine, batch)
+        broken = (~torch.isfinite(loss.detach())).float()
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+        if broken.item():
+            ids = _broken_samples(batch if not math.isfinite(loss.item()) else None, world)
+            if on_non_finite == "stop":
+                raise TrainingError(
+                    f"step {step}: the loss is not finite in a batch of {', '.join(ids[:8])}: lower the learning "
+                    "rates, look at these samples, or set 'on_non_finite: skip'"
+                )
+            skipped += ids
+            loss = _forward(engine, blank_batch().to(device))
+        total += loss.detach()
+        engine.backward(loss * (world / supervised), scale_wrt_gas=False)
+    engine.step()
+    dist.all_reduce(total)
+    norm = engine.get_global_grad_norm()
+    return StepResult(
+        loss=float(total) / supervised,
+        grad_norm=float(norm) if norm is not None else math.nan,
+        tokens=tokens,
+        supervised=supervised,
+        samples=samples,
+        images=images,
+        skipped=tuple(skipped),
+    )
+
+
+def _forward(engine: Any, batch: Batch) -> Any:
+    return engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.position_ids, batch.pixels)
+
+
+def _broken_samples(batch: Batch | None, world: int) -> list[str]:
+    """Ids of the samples whose micro-batches have no finite loss, of all workers."""
+    import torch.distributed as dist
+
+    ids: list[Any] = [None] * world
+    dist.all_gather_object(ids, batch.ids if batch is not None else ())
+    return [id for of_worker in ids for id in of_worker]

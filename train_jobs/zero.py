@@ -1,0 +1,69 @@
+"""DeepSpeed around a model: what ZeRO shares, and one optimizer over the parts that a recipe trains.
+
+In: a `MultimodalLM` whose trained parameters require gradients, and a `Recipe`. Out: a DeepSpeed engine, whose
+optimizer has a group for each trained part. Does not know data, steps or checkpoints.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mmllm_core.config import Recipe
+
+if TYPE_CHECKING:
+    from mmllm_core.model import MultimodalLM
+
+BETAS = (0.9, 0.99)
+
+
+def initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
+    """Wrap a model; every worker does so at the same time.
+
+    Gradients of a step's micro-batches are added up in float32, so that how a step is cut changes rounding alone.
+    """
+    import deepspeed
+    import torch
+
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.parameters_of(part)), "name": part, "lr": 0.0, "weight_decay": recipe.weight_decay}
+        for part in recipe.trained
+    ]
+    n_trained = sum(parameter.numel() for group in groups for parameter in group["params"])
+    bf16 = model.connector.dtype == torch.bfloat16
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_optimizer(groups, recipe, str(model.causal_lm.device)),
+        config={
+            "train_micro_batch_size_per_gpu": recipe.micro_batch,
+            "gradient_clipping": recipe.max_grad_norm,
+            "bf16": {"enabled": bf16},
+            "zero_optimization": zero_config(recipe, n_trained),
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    return engine
+
+
+def zero_config(recipe: Recipe, n_trained: int) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization` section.
+
+    Args:
+        n_trained: trained parameters. Gradients are exchanged in buckets of at most this many: DeepSpeed's own 500
+            million would take a gigabyte where a LoRA adapter has a few million.
+    """
+    zero = recipe.zero
+    values: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": max(n_trained, 1024)}
+    if zero.offload_optimizer:
+        values["offload_optimizer"] = {"device": "cpu"}
+    if zero.offload_parameters:
+        values["offload_param"] = {"device": "cpu"}
+    return values
+
+
+def _optimizer(groups: list[dict[str, Any]], recipe: Recipe, device: str) -> Any:
+    import torch
+
+    if recipe.zero.offload_optimizer and device != "cpu":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, betas=BETAS, adamw_mode=True)
+    return torch.optim.AdamW(groups, betas=BETAS)
