@@ -21,7 +21,9 @@ from mmllm_core.config import Recipe
 from mmllm_core.errors import ConfigError, TrainingError
 from mmllm_core.models.home import home
 from tests.train_jobs.conftest import TinyRecipe
+from train_jobs.origins import starting_profile
 from train_jobs.progress import read_metrics, step_lines
+from train_jobs.run_inputs import RunInputs, write_inputs
 from train_jobs.run_record import LOG, runs_folder
 from train_jobs.train import TrainedRun, resume, train
 
@@ -118,11 +120,7 @@ def test_a_run_goes_on_with_other_numbers_of_workers_after_its_driver_was_killed
 def test_what_is_learned_may_not_change_when_a_run_goes_on(tiny_recipe: TinyRecipe) -> None:
     with pytest.raises(TrainingError, match="no such run"):
         resume("nowhere")
-    from train_jobs.run_inputs import RunInputs, write_inputs
-
     recipe = tiny_recipe("inputs")
-    from train_jobs.origins import starting_profile
-
     inputs = RunInputs(recipe=recipe, profile=starting_profile(recipe), fingerprint="0")
     write_inputs(runs_folder() / "inputs", inputs)
     with pytest.raises(ConfigError, match=r"steps.*would change what is learned"):
