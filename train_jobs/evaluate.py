@@ -1,7 +1,7 @@
 """Ask a bundle held-out questions, batched across Ray workers.
 
-In: a bundle and stored features of the test images. Out: an answer to each question, and exact-match accuracy by kind
-of question.
+In: a bundle. Out: an answer to each question, and exact-match accuracy by kind of question. Features of the test
+images come from the store where they are there.
 
 Run it as `mmllm evaluate` or `ray job submit -- python -m train_jobs.evaluate`.
 """
@@ -28,9 +28,9 @@ from mmllm_core.evaluation.accuracy import (
     score_by_kind,
 )
 from mmllm_core.models.home import features_folder
+from train_jobs.bundle_images import BundleImages
 from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
 from train_jobs.progress import progress_bar
-from train_jobs.stored_features import StoredFeatures
 
 _QUESTIONS_AT_ONCE = 512
 """Given to a worker at a time: so many that batches of prompts fill, so few that the bar moves."""
@@ -78,7 +78,7 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
         workers: answering processes, one CPU (or GPU, where Ray has some) each.
 
     Raises:
-        TrainingError: a worker failed, for want of stored features for example.
+        TrainingError: a worker failed, for an image that cannot be read for example.
     """
     prepare_ray_data()
     gpus = has_gpus(workers)
@@ -109,9 +109,10 @@ class _Answerer:
 
     def __init__(self, bundle: str, features: str, limit: int | None, seed: int, gpu: bool):
         opened = Bundle.open(Path(bundle))
-        self._model = opened.load_model("cuda" if gpu else "cpu")
+        device = "cuda" if gpu else "cpu"
+        self._model = opened.load_model(device)
         self._tokenizer = opened.tokenizer
-        self._features = StoredFeatures(features, opened.info.feature_fingerprint, opened.profile.vision.max_pixels)
+        self._features = BundleImages(opened, features, device)
         self._questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Speak held-out questions to a bundle, batched across Ray workers, and ask it the same in writing.
 
-In: a bundle and stored features of the test images. Out: a `SpokenReport`. Each worker speaks a question, hears it with
-the bundle's Whisper as serving does (decoding of the file's bytes included), and answers it in every form.
+In: a bundle. Out: a `SpokenReport`. Each worker speaks a question, hears it with the bundle's Whisper as serving does
+(decoding of the file's bytes included), and answers it in every form. Features of the test images come from the store
+where they are there.
 
 Run it as `mmllm evaluate-spoken` or `ray job submit -- python -m train_jobs.evaluate_spoken`.
 """
@@ -20,9 +21,9 @@ from mmllm_core.evaluation.accuracy import OVERALL
 from mmllm_core.evaluation.speech_synthesis import SpeakerName, build_speaker, require_speaker
 from mmllm_core.evaluation.spoken import Hearing, SpokenReport, answer_hearings
 from mmllm_core.models.home import features_folder
+from train_jobs.bundle_images import BundleImages
 from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
 from train_jobs.progress import progress_bar
-from train_jobs.stored_features import StoredFeatures
 
 _ANSWERS = ("heard", "typed", "recognised", "spoken")
 
@@ -45,7 +46,7 @@ def evaluate_spoken(bundle: Bundle, options: SpokenOptions = SpokenOptions()) ->
 
     Raises:
         EnvironmentLack: the speaker's library is not installed.
-        TrainingError: a worker failed, for want of stored features for example.
+        TrainingError: a worker failed, for an image that cannot be read for example.
     """
     require_speaker(options.speaker)
     prepare_ray_data()
@@ -87,7 +88,7 @@ class _Listener:
         self._max_seconds = audio.max_seconds
         self._model = opened.load_model(device)
         self._tokenizer = opened.tokenizer
-        self._features = StoredFeatures(features, opened.info.feature_fingerprint, opened.profile.vision.max_pixels)
+        self._features = BundleImages(opened, features, device)
         self._questions = easy_vqa.held_out_questions(easy_vqa.fetch(), options.limit, options.seed)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

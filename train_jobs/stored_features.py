@@ -40,20 +40,28 @@ class StoredFeatures:
                 return path
         return None
 
+    def find(self, path: Path) -> Features | None:
+        """Features (n_patches, d_vision) of an image file, if whole ones are stored.
+
+        Raises:
+            TrainingError: the image cannot be read.
+        """
+        try:
+            key = content_key(self._keys.pixel_hash(path), self._fingerprint)
+        except ImageError as error:
+            raise TrainingError(str(error)) from error
+        return self._store.get(key)
+
     def __call__(self, path: Path) -> Features:
         """Features (n_patches, d_vision) of an image file.
 
         Raises:
             TrainingError: the image cannot be read, or was not embedded, or what was stored of it is damaged.
         """
-        try:
-            key = content_key(self._keys.pixel_hash(path), self._fingerprint)
-        except ImageError as error:
-            raise TrainingError(str(error)) from error
-        found = self._store.get(key)
+        found = self.find(path)
         if found is None:
             self._store.refresh()
-            found = self._store.get(key)
+            found = self.find(path)
         if found is None:
             raise TrainingError(f"{path}: no stored features that are whole: run 'mmllm embed RECIPE' first")
         return found
