@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CHUNK = {"cpu": 2**24, "cuda": 2**26}
+LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 """Logits that are held at once, in the head's dtype. With fewer rows, multiplications would wait for the head's weight;
 with more, nothing is faster."""
-_BLOCK = {"cpu": 2**18, "cuda": 2**26}
-"""Logits that are float32 at once: on CPUs as many as stay in a core's cache."""
+FLOATS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
+"""Of those, logits that are float32 at once: on CPUs as many as stay in a core's cache."""
 
 
 def summed_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None  # (vocab, d_model)
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None  # (vocab,)
         vocabulary, d_model = weight.shape
-        n_rows = _rows(_CHUNK, hidden, vocabulary)
+        n_rows = _rows(LOGITS_AT_ONCE, hidden, vocabulary)
         if grad_weight is not None:  # every chunk reads and writes all of it: chunks a quarter as large cost that much
             n_rows = max(n_rows, d_model // 4)
         buffer = hidden.new_empty(min(n_rows, len(hidden)), vocabulary)
-        n_block = _rows(_BLOCK, hidden, vocabulary)
+        n_block = _rows(FLOATS_AT_ONCE, hidden, vocabulary)
         for start in range(0, len(hidden), n_rows):
             chunk = slice(start, start + n_rows)
             rows, labels = hidden[chunk], targets[chunk]  # (c, d_model), (c,)

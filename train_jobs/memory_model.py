@@ -7,6 +7,7 @@ Letters in formulas: b rows, t positions of the longest row, h `d_model`, f `d_f
 vocabulary, r ranks, N workers, P trainable parameters.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -20,8 +21,6 @@ Attention = Literal["eager", "sdpa"]
 ACCOUNTED = frozenset({"llama", "phi3", "phi"})
 """By `model_type`: LMs whose layers the arithmetic was held against. Others are counted as Llama's."""
 _BF16, _FP32 = 2, 4
-_REDUCE_BUCKET = 5e8
-"""Gradients that DeepSpeed makes room for before it exchanges them: `reduce_bucket_size`, by default."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,10 @@ class Setting:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     gradient_checkpointing: bool = False
-    logits_at_once: int | None = None
-    """Logits that the loss holds at any time; None if it holds those of all supervised positions."""
+    logits_at_once: float = math.inf
+    """Logits that the loss holds at any time (`mmllm_core.loss`)."""
+    floats_at_once: float = math.inf
+    """Of those, how many are float32."""
 
     @property
     def attention(self) -> Attention:
@@ -114,7 +115,7 @@ def memory(model: ModelShape, batch: BatchShape, setting: Setting) -> Memory:
     if not optimizer_here and stage >= 2:
         gradients_share = 0.0
     activations = activation_bytes(model, setting, batch)
-    logits = logit_bytes(model, batch, setting.logits_at_once)
+    logits = logit_bytes(model, batch, setting)
     working = working_bytes(model, setting, batch)
     gathered = model.largest_linear * quantized if stage >= 3 else 0.0
     transient = activations + logits + working
@@ -130,7 +131,7 @@ def memory(model: ModelShape, batch: BatchShape, setting: Setting) -> Memory:
         activations=activations,
         logits=logits,
         working=working,
-        bucket=bucket_bytes(model, setting),
+        bucket=bucket_bytes(model),
         slack=setting.slack * transient,
         update=max(0.0, float_gradients - transient),
     )
@@ -241,18 +242,16 @@ def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> 
     return batch.rows * (kept * batch.length + batch.n_images * image)
 
 
-def logit_bytes(model: ModelShape, batch: BatchShape, at_once: int | None) -> float:
-    """Bytes of logits, which exist at supervised positions alone (`mmllm_core.model`).
+def logit_bytes(model: ModelShape, batch: BatchShape, setting: Setting) -> float:
+    """Bytes of the loss, whose logits exist at supervised positions alone, and chunk by chunk (`mmllm_core.loss`).
 
-    Held all at once: their logarithmic softmax and its gradient in float32, and the gradient in bfloat16: 10 V a
-    position. Chunk by chunk (Liger: Hsu et al., arXiv:2410.10989; Wijmans et al., arXiv:2411.09009): a chunk in float32
-    and its gradient in bfloat16, 6 bytes a logit, and the gradient of all hidden states, 2 h a position.
+    A chunk is in bfloat16, a block of it in float32. Kept for the backward pass are the gradient of all hidden states,
+    2 h a position, and that of the head in float32, 4 V h, if it is trained.
     """
     positions = batch.rows * batch.n_supervised
-    if at_once is None:
-        return positions * model.vocabulary * (2 * _FP32 + _BF16)
-    chunk = min(positions, max(1, at_once // model.vocabulary))
-    return chunk * model.vocabulary * (_FP32 + _BF16) + positions * _BF16 * model.d_model
+    logits = positions * model.vocabulary
+    kept = _BF16 * positions * model.d_model + _FP32 * model.vocabulary * model.d_model * model.trains_whole_lm
+    return _BF16 * min(logits, setting.logits_at_once) + _FP32 * min(logits, setting.floats_at_once) + kept
 
 
 def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
@@ -262,11 +261,10 @@ def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> flo
     return batch.rows * batch.length * layer + dequantized
 
 
-def bucket_bytes(model: ModelShape, setting: Setting) -> float:
-    """Bytes of DeepSpeed's reduce bucket. Stages 1 to 3 allocate it whole at each step; pages of it that gradients
-    never reach take nothing on CPU. Stage 0 flattens the gradients that there are."""
-    whole = setting.gpu and setting.zero_stage > 0
-    return _BF16 * (_REDUCE_BUCKET if whole else min(_REDUCE_BUCKET, float(model.n_trainable)))
+def bucket_bytes(model: ModelShape) -> float:
+    """Bytes of DeepSpeed's reduce bucket, which has room for the gradients of all that is trained
+    (`train_jobs.zero`)."""
+    return float(_BF16 * model.n_trainable)
 
 
 def checkpoint_bytes(model: ModelShape) -> float:

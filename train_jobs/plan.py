@@ -13,6 +13,7 @@ from typing import Any
 
 from mmllm_core.config import Profile, Recipe, check_recipe, parse_config
 from mmllm_core.errors import ConfigError
+from mmllm_core.loss import FLOATS_AT_ONCE, LOGITS_AT_ONCE
 from mmllm_core.models.profile import load_profile
 from train_jobs.accelerators import CPU, Accelerator, accelerator
 from train_jobs.batch_estimate import BatchEstimate, estimate_batches
@@ -36,8 +37,6 @@ MFU = 0.3
 _REHEARSED_STEPS = 5
 _REHEARSED_POSITIONS = 1024
 _REHEARSED_WEIGHTS = 1e8
-LOGITS_AT_ONCE: dict[bool, int | None] = {True: None, False: None}
-"""Logits that the loss holds at any time, on a GPU and on CPU; None for all of a micro-batch's."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +188,7 @@ class _Planner:
         """A setting, and what it takes; offloading as the recipe says, where the stage can."""
         chip, zero = self.accelerator, self.recipe.zero
         rows = min(micro_batch, math.ceil(self.batches.rows_per_step))
+        device = "cuda" if chip.is_gpu else "cpu"
         batch = BatchShape(rows, self.batches.longest, self.batches.n_supervised, self.batches.n_images)
         setting = Setting(
             zero_stage=stage,
@@ -199,7 +199,8 @@ class _Planner:
             offload_optimizer=zero.offload_optimizer and stage > 0,
             offload_parameters=zero.offload_parameters and stage == 3,
             gradient_checkpointing=self.recipe.gradient_checkpointing,
-            logits_at_once=LOGITS_AT_ONCE[chip.is_gpu],
+            logits_at_once=LOGITS_AT_ONCE[device],
+            floats_at_once=FLOATS_AT_ONCE[device],
         )
         needs = memory(self.model, batch, setting)
         return Choice(stage, micro_batch, needs, self._refusal(stage, needs.total))

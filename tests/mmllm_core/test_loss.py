@@ -24,8 +24,8 @@ def full_logits(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 @pytest.fixture(params=[(37, 37), (9, 4), (1, 1)], ids=["one chunk", "chunks of 9 rows", "chunks of 1 row"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk, block = request.param
-    monkeypatch.setitem(loss_module._CHUNK, "cpu", chunk * VOCABULARY)
-    monkeypatch.setitem(loss_module._BLOCK, "cpu", block * VOCABULARY)
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", chunk * VOCABULARY)
+    monkeypatch.setitem(loss_module.FLOATS_AT_ONCE, "cpu", block * VOCABULARY)
 
 
 def hidden_and_targets(n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -131,7 +131,7 @@ def test_without_gradients_none_are_computed(tiny_lm: TinyLM, monkeypatch: pytes
 
 def test_the_head_is_called_once_and_as_before_afterwards(tiny_lm: TinyLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ZeRO-3 hangs on: it gathers the head's weight by hooks on its calls."""
-    monkeypatch.setitem(loss_module._CHUNK, "cpu", 1)
+    monkeypatch.setitem(loss_module.LOGITS_AT_ONCE, "cpu", 1)
     head = tiny_lm("llama").get_output_embeddings()
     hidden, targets = hidden_and_targets(9)
     expected = head(hidden)

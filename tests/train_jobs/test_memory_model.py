@@ -90,12 +90,14 @@ def test_activations_of_a_small_layer_by_hand() -> None:
 
 
 def test_logits_are_counted_at_supervised_positions_alone() -> None:
-    assert logit_bytes(SMALL, BATCH, None) == 2 * 3 * 100 * 10
+    assert logit_bytes(SMALL, BATCH, CPU) == 6 * 100 * (2 + 4) + 6 * 2 * 8
 
 
-def test_a_loss_in_chunks_holds_a_chunk_of_logits_and_the_gradient_of_hidden_states() -> None:
-    assert logit_bytes(SMALL, BATCH, 250) == 2 * 100 * 6 + 6 * 2 * 8  # 250 logits: two positions
-    assert logit_bytes(SMALL, BATCH, 10**9) == 6 * 100 * 6 + 6 * 2 * 8
+def test_a_loss_in_chunks_holds_a_chunk_of_logits_and_what_the_backward_pass_needs() -> None:
+    chunked = replace(CPU, logits_at_once=250, floats_at_once=50)
+    assert logit_bytes(SMALL, BATCH, chunked) == 250 * 2 + 50 * 4 + 6 * 2 * 8
+    whole = replace(SMALL, adapter=None, quantization="none")
+    assert logit_bytes(whole, BATCH, chunked) == logit_bytes(SMALL, BATCH, chunked) + 4 * 100 * 8
 
 
 def test_checkpointing_keeps_inputs_of_layers_and_one_layer_whole() -> None:
