@@ -5,13 +5,14 @@ LoRA adapter. Does not know images; embeddings reach the LM through `inputs_embe
 """
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mmllm_core.config import LanguageConfig, LoraConfig, Quantization
+from mmllm_core.config import Dtype, LanguageConfig, LoraConfig, Quantization
 from mmllm_core.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -50,11 +51,27 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for it (AVX-512 and later, or Arm's)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def compute_dtype(dtype: Dtype, device: "torch.device | str") -> Dtype:
+    """What an LM is computed in: `dtype`, but float32 instead of bfloat16 on a CPU that has no instructions for that.
+
+    There PyTorch multiplies bfloat16 matrices one number at a time, some 40 times slower than float32 ones.
+    """
+    if dtype == "bfloat16" and torch.device(device).type == "cpu" and not _multiplies_bfloat16():
+        return "float32"
+    return dtype
+
+
 def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu") -> "PreTrainedModel":
     """Load a frozen causal LM in eval mode, quantized as the config says.
 
-    NF4 follows QLoRA: double quantization, bf16 storage so that ZeRO can shard it. int8 is LLM.int8(), whose
-    products are computed in float16 whatever `dtype` says. The LM's head and embeddings keep `dtype`.
+    NF4 follows QLoRA: double quantization, stored as what it is computed in, so that ZeRO can shard it. int8 is LLM.int8(), whose
+    products are computed in float16 whatever `dtype` says. The LM's head and embeddings have `compute_dtype`.
 
     Raises:
         WeightsError: the folder holds no weights that fit.
@@ -62,7 +79,7 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, compute_dtype(config.dtype, device))
     try:
         lm, loading = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -153,7 +170,7 @@ def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=torch.bfloat16,
+            bnb_4bit_quant_storage=dtype,
         )
     if quantization == "int8":
         # It would say at every layer of every forward that activations become float16.

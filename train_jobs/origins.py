@@ -102,7 +102,7 @@ def build_model(
     """
     import torch
 
-    from mmllm_core.language import add_adapter, load_adapter, load_language_model, unfreeze
+    from mmllm_core.language import add_adapter, compute_dtype, load_adapter, load_language_model, unfreeze
     from mmllm_core.model import MultimodalLM
 
     torch.manual_seed(recipe.seed)
@@ -118,7 +118,8 @@ def build_model(
     if tower and "vision" in recipe.trained:
         tower.unfreeze()
     connector.requires_grad_("connector" in recipe.trained)
-    model = MultimodalLM(lm, connector.to(device, getattr(torch, profile.language.dtype)), tower).train()
+    dtype = getattr(torch, compute_dtype(profile.language.dtype, device))
+    model = MultimodalLM(lm, connector.to(device, dtype), tower).train()
     if recipe.gradient_checkpointing:
         model.checkpoint_gradients()
     return model

@@ -125,12 +125,13 @@ def train(recipe: Recipe) -> TrainedRun:
             ) from error
         if (said := read_notice(folder)) is not None:
             raise TrainingError(f"{recipe.name}: {said}")
+    from mmllm_core.language import compute_dtype  # which brings PyTorch
+
     if result.checkpoint is None:
         raise TrainingError(f"{recipe.name}: the run ended without a checkpoint")
     with result.checkpoint.as_directory() as checkpoint:
-        bundle = bundle_of(
-            Path(checkpoint), RunOutcome(recipe, profile, origins, inputs.data, _metrics(recipe, folder))
-        )
+        metrics, dtype = _metrics(recipe, folder), compute_dtype(profile.language.dtype, "cuda" if gpu else "cpu")
+        bundle = bundle_of(Path(checkpoint), RunOutcome(recipe, profile, origins, inputs.data, metrics, dtype))
     write_report(folder, bundle.info)
     return _read_run(bundle)
 

@@ -227,12 +227,13 @@ class _Worker:
     ) -> None:
         if self.log is None:
             return
+        from mmllm_core.language import compute_dtype
         from train_jobs.accelerators import peak_flops
 
         n_features = done.images * self.config.origins.n_patches
         n_patches = done.images * self.encoder.tower.n_tokens if self.encoder else 0
         flops = work.step_flops(done.tokens, done.tokens / done.samples, done.supervised, n_features, n_patches)
-        peak = peak_flops(self.device, self.profile.language.dtype)
+        peak = peak_flops(self.device, compute_dtype(self.profile.language.dtype, self.device))
         self._say(
             step=state.step,
             loss=done.loss,

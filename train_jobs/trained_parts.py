@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
-from mmllm_core.config import HubSource, PackageSource, Profile, Recipe
+from mmllm_core.config import Dtype, HubSource, PackageSource, Profile, Recipe
 from mmllm_core.errors import TrainingError
 from mmllm_core.vision import ClipEncoder
 from train_jobs.checkpoint import ADAPTER_CONFIG, load_weights_alone
@@ -34,6 +34,8 @@ class RunOutcome:
     origins: Origins
     data: dict[str, str]
     metrics: dict[str, Any]
+    dtype: Dtype
+    """That the model computed with."""
 
 
 def bundle_of(checkpoint: Path, outcome: RunOutcome) -> Bundle:
@@ -47,7 +49,7 @@ def bundle_of(checkpoint: Path, outcome: RunOutcome) -> Bundle:
     from mmllm_core.language import load_tokenizer
 
     recipe, profile, origins = outcome.recipe, outcome.profile, outcome.origins
-    dtype = getattr(torch, profile.language.dtype)
+    dtype = getattr(torch, outcome.dtype)
     trained = {name: weight.to(dtype) for name, weight in load_weights_alone(checkpoint).items()}
     with tempfile.TemporaryDirectory() as place:
         scratch = Path(place)

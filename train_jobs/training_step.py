@@ -19,7 +19,7 @@ class StepResult:
     """Of all workers together."""
 
     loss: float
-    """Per supervised token that was learned from."""
+    """Per supervised token that was learned from; not a number if none was."""
     grad_norm: float
     """Before clipping; infinite where DeepSpeed dropped the step."""
     tokens: int
@@ -47,6 +47,8 @@ def training_step(
     scales its sum so that what comes out is the gradient of the mean over the step's supervised tokens, however many
     workers and micro-batches share them.
 
+    A micro-batch that is left out adds nothing to the gradient, which is not scaled up for it.
+
     Raises:
         TrainingError: a loss is not finite, and `on_non_finite` says stop; the message names the samples.
     """
@@ -68,30 +70,34 @@ def training_step(
     dist.all_reduce(counts)
     dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
     supervised, tokens, samples, images = (int(count) for count in counts.tolist())
-    total = torch.zeros((), device=device)
+    total, unlearned = torch.zeros((), device=device), torch.zeros((), device=device)
     skipped: list[str] = []
     for i in range(int(rounds)):
         batch = (batches[i] if i < len(batches) else blank_batch()).to(device)
         engine.set_gradient_accumulation_boundary(i + 1 == int(rounds))
         loss = _forward(engine, batch)
-        broken = (~torch.isfinite(loss.detach())).float()
-        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-        if broken.item():
-            ids = _broken_samples(batch if not math.isfinite(loss.item()) else None, world)
+        broken = ~torch.isfinite(loss.detach())
+        anywhere = broken.float()
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        if anywhere.item():
+            ids = _broken_samples(batch if broken.item() else None, world)
             if on_non_finite == "stop":
                 raise TrainingError(
                     f"step {step}: the loss is not finite in a batch of {', '.join(ids[:8])}: lower the learning "
                     "rates, look at these samples, or set 'on_non_finite: skip'"
                 )
             skipped += ids
-            loss = _forward(engine, blank_batch().to(device))
+            unlearned += batch.n_supervised * broken.item()
+            # All run it again, for at ZeRO's stage 3 every forward pass is one of all workers.
+            loss = _forward(engine, blank_batch().to(device) if broken.item() else batch)
         total += loss.detach()
         engine.backward(loss * (world / supervised), scale_wrt_gas=False)
     engine.step()
     dist.all_reduce(total)
+    dist.all_reduce(unlearned)
     norm = engine.get_global_grad_norm()
     return StepResult(
-        loss=float(total) / supervised,
+        loss=float(total) / (supervised - int(unlearned)) if unlearned < supervised else math.nan,
         grad_norm=float(norm) if norm is not None else math.nan,
         tokens=tokens,
         supervised=supervised,

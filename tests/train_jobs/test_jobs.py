@@ -40,7 +40,7 @@ CLIP = {
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def profile(tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, str]) -> Iterator[Path]:
     """A profile file of tiny models in a home of its own; packages come from the usual home."""
     quieten()
     folder = tmp_path_factory.mktemp("home")
@@ -49,6 +49,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     easy_vqa.fetch()
     usual = os.environ.get("MMLLM_HOME")
     (folder / "packages").symlink_to(home() / "packages")
+    (folder / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
     os.environ["MMLLM_HOME"] = str(folder)
     _save_tiny_lm(tokenizer_folder, folder / "lm")
     values = embedded.model_dump(mode="json")
@@ -147,15 +148,15 @@ def test_an_image_that_cannot_be_read_is_one_line_that_names_it(run: TrainedRun,
     assert "\n" not in str(caught.value)
 
 
-def test_evaluating_without_stored_features_says_how_to_make_them(
+def test_evaluating_without_stored_features_computes_them(
     run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with_stored = evaluate(run.bundle, limit=4, workers=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "packages").symlink_to(home() / "packages")
+    (tmp_path / "other" / "clip").symlink_to(home() / "clip")
     monkeypatch.setenv("MMLLM_HOME", str(tmp_path / "other"))
-    with pytest.raises(TrainingError, match="mmllm embed") as caught:
-        evaluate(run.bundle, limit=4, workers=1)
-    assert "\n" not in str(caught.value)
+    assert evaluate(run.bundle, limit=4, workers=1).answers == with_stored.answers
 
 
 def test_images_and_text_train_together_packed_and_through_cross_attention(

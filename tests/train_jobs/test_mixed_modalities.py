@@ -10,7 +10,6 @@ import torch
 
 from cluster.local import local_ray, quieten
 from mmllm_core.config import Recipe, parse_config
-from train_jobs.deepspeed_ops import build_ops, worker_environment
 from train_jobs.launch import Kept, Workers, run_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -25,29 +24,21 @@ RECIPE = {
 }
 
 
-@pytest.fixture(scope="module")
-def ray_with_ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Ray, and DeepSpeed's op compiled in a home of its own."""
+@pytest.fixture(scope="module", autouse=True)
+def own_ray() -> Iterator[None]:
     quieten()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MMLLM_HOME", str(tmp_path_factory.mktemp("home")))
-        build_ops()
-        environment.update(worker_environment(gpu=False))
-        with local_ray():
-            yield
-
-
-environment: dict[str, str] = {}
+    with local_ray():
+        yield
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_worker_with_text_alone_keeps_step_with_one_that_has_images(
-    stage: int, ray_with_ops: None, tmp_path: Path
+    stage: int, compiled_ops: dict[str, str], tmp_path: Path
 ) -> None:
     """Worker 0 sees an image at even steps and worker 1 at odd ones; without the other's part a step would not end."""
 
     def work(_: dict[str, object]) -> None:
-        os.environ.update(variables)
+        os.environ.update(compiled_ops)
         import random
 
         import numpy as np
@@ -81,7 +72,6 @@ def test_a_worker_with_text_alone_keeps_step_with_one_that_has_images(
         if rank == 0:
             (tmp_path / "losses.json").write_text(json.dumps(losses))
 
-    variables = dict(environment)
     settings = parse_config(Recipe, RECIPE | {"zero": {"stage": stage}}, "test")
     run_workers(work, {}, name=f"mixed-{stage}", workers=Workers(2), kept=Kept(str(tmp_path / "ray")))
     losses = json.loads((tmp_path / "losses.json").read_text())

@@ -19,26 +19,19 @@ from mmllm_core.language import add_adapter, unfreeze
 from mmllm_core.model import MultimodalLM
 from mmllm_core.vision import ClipEncoder
 from tests.conftest import TinyLM
-from train_jobs.deepspeed_ops import build_ops, worker_environment
 from train_jobs.launch import Kept, Workers, run_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 STEPS = 3
 RATE = 0.02
-environment: dict[str, str] = {}
 
 
-@pytest.fixture(scope="module")
-def _ray_with_ops(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Ray, and DeepSpeed's op compiled in a home of its own."""
+@pytest.fixture(scope="module", autouse=True)
+def own_ray() -> Iterator[None]:
     quieten()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MMLLM_HOME", str(tmp_path_factory.mktemp("home")))
-        build_ops()
-        environment.update(worker_environment(gpu=False))
-        with local_ray():
-            yield
+    with local_ray():
+        yield
 
 
 def build(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> tuple[MultimodalLM, ClipEncoder]:
@@ -80,9 +73,13 @@ def loss_sum(model: Any, step: int, worker: int, clip: ClipEncoder) -> torch.Ten
 
 
 @pytest.mark.parametrize(("stage", "adapter"), [(1, True), (2, False), (3, True), (3, False)])
-@pytest.mark.usefixtures("_ray_with_ops")
 def test_losses_equal_those_of_one_process(
-    stage: int, adapter: bool, tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tmp_path: Path
+    stage: int,
+    adapter: bool,
+    compiled_ops: dict[str, str],
+    tiny_lm: TinyLM,
+    tiny_clip: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     lm_folder, clip_folder = tmp_path / "lm", tiny_clip()
     tiny_lm("phi").save_pretrained(lm_folder)
@@ -97,10 +94,8 @@ def test_losses_equal_those_of_one_process(
         expected.append(float(loss))
     assert abs(expected[0] - expected[-1]) > 0.01
 
-    variables = dict(environment)
-
     def work(_: dict[str, object]) -> None:
-        os.environ.update(variables)
+        os.environ.update(compiled_ops)
         import deepspeed
         import ray.train
         import torch.distributed as dist
