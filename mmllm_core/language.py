@@ -70,8 +70,9 @@ def compute_dtype(dtype: Dtype, device: "torch.device | str") -> Dtype:
 def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu") -> "PreTrainedModel":
     """Load a frozen causal LM in eval mode, quantized as the config says.
 
-    NF4 follows QLoRA: double quantization, stored as what it is computed in, so that ZeRO can shard it. int8 is LLM.int8(), whose
-    products are computed in float16 whatever `dtype` says. The LM's head and embeddings have `compute_dtype`.
+    NF4 follows QLoRA: double quantization, stored as if it were of the dtype that it is computed in, so that ZeRO can
+    shard it. int8 is LLM.int8(), whose products are computed in float16 whatever `dtype` says. The LM's head and
+    embeddings have `compute_dtype`.
 
     Raises:
         WeightsError: the folder holds no weights that fit.
