@@ -4,7 +4,8 @@ In: a `ModelShape`, a `BatchShape` and where it runs. Out: a `Memory` whose part
 Does not know files, tokenizers or recipes.
 
 Letters in formulas: b rows, t positions of the longest row, h `d_model`, f `d_feed_forward`, a heads of width d, V the
-vocabulary, r ranks, N workers, P trainable parameters.
+vocabulary, r ranks, N workers, P trainable parameters. Bytes in docstrings are those of bfloat16, in which LMs are
+computed, but on CPUs that lack it: there each of its 2 bytes is 4.
 """
 
 import math
@@ -120,13 +121,13 @@ def memory(model: ModelShape, batch: BatchShape, setting: Setting) -> Memory:
     gathered = model.largest_linear * quantized if stage >= 3 else 0.0
     transient = activations + logits + working
     float_gradients = _FP32 * trained * optimizer_share if optimizer_here else 0.0
-    lies_in_its_file = not setting.gpu and not model.trains_whole_lm  # trained weights move to DeepSpeed's buffers
+    lies_in_its_file = stays_mapped(model, setting) and not model.trains_whole_lm  # trained ones move to DeepSpeed's
     return Memory(
         runtime=setting.runtime,
         mapped=float((model.n_linear + model.n_kept) * model.dtype_bytes) if lies_in_its_file else 0.0,
         weights=frozen_bytes(model, setting) * parameters_share + gathered,
-        trainable=_BF16 * trained * parameters_share,
-        gradients=_BF16 * trained * gradients_share,
+        trainable=model.dtype_bytes * trained * parameters_share,
+        gradients=model.dtype_bytes * trained * gradients_share,
         optimizer=3 * _FP32 * trained * optimizer_share if optimizer_here else 0.0,
         activations=activations,
         logits=logits,
@@ -143,10 +144,16 @@ def frozen_bytes(model: ModelShape, setting: Setting) -> float:
     tower = model.tower.n_parameters * _FP32 if model.tower and not model.n_trained_tower else 0
     if model.trains_whole_lm:
         return float(tower)
-    if setting.gpu:
+    if not stays_mapped(model, setting):
         return weight_bytes(model) + tower
     quantized = bytes_per_weight(model.quantization, model.dtype_bytes)
     return model.n_linear * quantized * (model.quantization != "none") + tower
+
+
+def stays_mapped(model: ModelShape, setting: Setting) -> bool:
+    """Whether weights are used where they lie in the LM's file: on CPU, unless they are converted to float32, for
+    files hold 2 bytes a weight."""
+    return not setting.gpu and model.dtype_bytes < _FP32
 
 
 def bytes_per_weight(quantization: Quantization, dtype_bytes: int) -> float:
@@ -179,23 +186,24 @@ def activation_bytes_per_position(model: ModelShape, attention: Attention, lengt
     log-sum for each head instead (FlashAttention, arXiv:2205.14135, section 3.1), and the mask of padding in bfloat16,
     2 t, which every layer converts for itself.
     """
+    width = model.dtype_bytes
     layer = _phi2_layer(model) if model.model_type == "phi" else _gated_layer(model)
     heads = model.n_heads * model.head_dim
-    layer += 3 * _BF16 * heads
+    layer += 3 * width * heads
     if attention == "eager":
-        layer += (_BF16 + _FP32) * model.n_heads * length
+        layer += (_FP32 + width * (width < _FP32)) * model.n_heads * length
     else:
-        layer += _BF16 * heads + _FP32 * model.n_heads + _BF16 * length
+        layer += width * heads + _FP32 * model.n_heads + width * length
     adapter = model.adapter
     if adapter:
-        layer += _BF16 * adapter.per_layer_rank
+        layer += width * adapter.per_layer_rank
         if adapter.dropout:  # each adapted layer drops for itself: its own input, and a mask of one byte
-            layer += (_BF16 + 1) * adapter.per_layer_inputs
+            layer += (width + 1) * adapter.per_layer_inputs
         elif attention == "eager":
-            layer += _BF16 * heads  # sdpa's result is kept anyway
+            layer += width * heads  # sdpa's result is kept anyway
     elif model.trains_whole_lm and attention == "eager":
-        layer += _BF16 * heads
-    final_norm = _BF16 * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
+        layer += width * heads
+    final_norm = width * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
     return model.n_layers * layer + final_norm + model.cross_attention_bytes
 
 
@@ -203,20 +211,22 @@ def _gated_layer(model: ModelShape) -> float:
     """Llama, Phi-3 and their like: two RMS norms that keep float32 copies and scales (8 h + 8), and a gated
     feed-forward layer that keeps gate, activated gate and up-projection (6 f); with an adapter also what it reads (4 h
     + 2 f)."""
-    kept = 2 * _FP32 * (model.d_model + 1) + 3 * _BF16 * model.d_feed_forward
+    width = model.dtype_bytes
+    kept = 2 * _FP32 * (model.d_model + 1) + 3 * width * model.d_feed_forward
     if _keeps_inputs(model):
-        kept += 2 * _BF16 * model.d_model + _BF16 * model.d_feed_forward
+        kept += 2 * width * model.d_model + width * model.d_feed_forward
     if model.trains_whole_lm:
-        kept += 2 * _BF16 * model.d_model  # what each norm's scale is multiplied with
+        kept += 2 * width * model.d_model  # what each norm's scale is multiplied with
     return kept
 
 
 def _phi2_layer(model: ModelShape) -> float:
     """phi-2: one layer norm for attention and feed-forward layer (2 h + 4), and a GELU that transformers spells out in
     elementary operations, which keep four tensors (8 f); with an adapter also what it reads (2 h + 2 f)."""
-    kept = _BF16 * (model.d_model + 2) + 4 * _BF16 * model.d_feed_forward
+    width = model.dtype_bytes
+    kept = width * (model.d_model + 2) + 4 * width * model.d_feed_forward
     if _keeps_inputs(model):
-        kept += _BF16 * model.d_model + _BF16 * model.d_feed_forward
+        kept += width * model.d_model + width * model.d_feed_forward
     return kept
 
 
@@ -233,7 +243,7 @@ def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> 
     """
     whole = activation_bytes_per_position(model, setting.attention, batch.length)
     if setting.gradient_checkpointing:
-        kept = model.n_layers * _BF16 * model.d_model + whole / model.n_layers + model.cross_attention_bytes
+        kept = model.n_layers * model.dtype_bytes * model.d_model + whole / model.n_layers + model.cross_attention_bytes
     else:
         kept = whole
     image = model.connector_bytes * bool(model.n_trained_connector)
@@ -250,21 +260,23 @@ def logit_bytes(model: ModelShape, batch: BatchShape, setting: Setting) -> float
     """
     positions = batch.rows * batch.n_supervised
     logits = positions * model.vocabulary
-    kept = _BF16 * positions * model.d_model + _FP32 * model.vocabulary * model.d_model * model.trains_whole_lm
-    return _BF16 * min(logits, setting.logits_at_once) + _FP32 * min(logits, setting.floats_at_once) + kept
+    width = model.dtype_bytes
+    kept = width * positions * model.d_model + _FP32 * model.vocabulary * model.d_model * model.trains_whole_lm
+    floats = _FP32 * min(logits, setting.floats_at_once) * (width < _FP32)
+    return width * min(logits, setting.logits_at_once) + floats + kept
 
 
 def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
     """Bytes for the moment: gradients of what one layer kept, and its largest weight dequantized (QLoRA, section 3)."""
     layer = activation_bytes_per_position(model, setting.attention, batch.length) / model.n_layers
-    dequantized = 0.0 if model.quantization == "none" else float(_BF16 * model.largest_linear)
+    dequantized = 0.0 if model.quantization == "none" else float(model.dtype_bytes * model.largest_linear)
     return batch.rows * batch.length * layer + dequantized
 
 
 def bucket_bytes(model: ModelShape) -> float:
     """Bytes of DeepSpeed's reduce bucket, which has room for the gradients of all that is trained
     (`train_jobs.zero`)."""
-    return float(_BF16 * model.n_trainable)
+    return float(model.dtype_bytes * model.n_trainable)
 
 
 def checkpoint_bytes(model: ModelShape) -> float:

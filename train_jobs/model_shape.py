@@ -24,6 +24,7 @@ from train_jobs.throughput import ModelWork
 from train_jobs.vision_shape import TowerShape, VisionShape, tower_shape, vision_shape
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from mmllm_core.connectors import Connector
@@ -63,6 +64,7 @@ class ModelShape:
     """Weights of the largest linear layer of the decoder."""
     quantization: Quantization
     dtype_bytes: int
+    """Of a number that the LM computes with."""
     adapter: AdapterShape | None
     n_connector: int
     connector_bytes: float
@@ -162,6 +164,7 @@ def model_shape(profile: Profile, recipe: Recipe, lm_config: Any) -> ModelShape:
     }
     n_linear = sum(module.weight.numel() for module in linear.values())
     n_heads = lm_config.num_attention_heads
+    dtype = getattr(torch, profile.language.dtype)
     return ModelShape(
         model_type=lm_config.model_type,
         d_model=lm_config.hidden_size,
@@ -174,15 +177,15 @@ def model_shape(profile: Profile, recipe: Recipe, lm_config: Any) -> ModelShape:
         n_kept=sum(p.numel() for p in lm.parameters()) - n_linear,
         largest_linear=max(module.weight.numel() for module in linear.values()),
         quantization=profile.language.quantization,
-        dtype_bytes=4 if profile.language.dtype == "float32" else 2,
+        dtype_bytes=dtype.itemsize,
         adapter=_adapter_shape(recipe.lora, lm_config, linear) if recipe.lora else None,
         n_connector=sum(p.numel() for p in connector.parameters()),
-        connector_bytes=_connector_bytes(connector, vision),
-        cross_attention_bytes=_cross_attention_bytes(connector),
+        connector_bytes=_connector_bytes(connector, vision, dtype),
+        cross_attention_bytes=_cross_attention_bytes(connector, dtype),
         image_positions=connector.n_tokens(vision.n_patches),
         n_features=vision.n_patches,
         trained=recipe.trained,
-        tower=tower_shape(profile.vision) if recipe.features == "real_time" else None,
+        tower=tower_shape(profile.vision, dtype) if recipe.features == "real_time" else None,
     )
 
 
@@ -233,16 +236,16 @@ def _adapter_shape(lora: LoraConfig, lm_config: Any, linear: "dict[str, nn.Linea
     )
 
 
-def _connector_bytes(connector: "Connector", vision: VisionShape) -> float:
+def _connector_bytes(connector: "Connector", vision: VisionShape, dtype: "torch.dtype") -> float:
     """What autograd keeps of one image on its way through the connector, without blocks between the LM's layers."""
     import torch
 
     features = torch.zeros(1, vision.n_patches, vision.d_vision, device="meta")  # (n_images, n, d_vision)
-    weights = connector.to(torch.bfloat16)
+    weights = connector.to(dtype)
     return float(kept_bytes(lambda: weights(features), weights))
 
 
-def _cross_attention_bytes(connector: "Connector") -> float:
+def _cross_attention_bytes(connector: "Connector", dtype: "torch.dtype") -> float:
     """What the blocks keep for one position, of a row of `_PROBED` positions that looks at one image."""
     import torch
 
@@ -251,12 +254,10 @@ def _cross_attention_bytes(connector: "Connector") -> float:
     if not (isinstance(connector, CrossAttentionConnector) and isinstance(connector.config, CrossAttentionConfig)):
         return 0.0
     d_model, n_queries = connector.d_model, connector.config.n_queries
-    hidden = torch.zeros(
-        1, _PROBED, d_model, dtype=torch.bfloat16, device="meta", requires_grad=True
-    )  # (b, t, d_model)
+    hidden = torch.zeros(1, _PROBED, d_model, dtype=dtype, device="meta", requires_grad=True)  # (b, t, d_model)
     media = Media(
-        torch.zeros(1, n_queries, d_model, dtype=torch.bfloat16, device="meta"),
+        torch.zeros(1, n_queries, d_model, dtype=dtype, device="meta"),
         torch.zeros(1, _PROBED, dtype=torch.int64, device="meta"),
     )
-    blocks = connector.blocks.to(torch.bfloat16)
+    blocks = connector.blocks.to(dtype)
     return sum(kept_bytes(partial(block, hidden, media, name), block) for name, block in blocks.items()) / _PROBED

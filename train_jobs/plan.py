@@ -13,6 +13,7 @@ from typing import Any
 
 from mmllm_core.config import Profile, Recipe, check_recipe, parse_config
 from mmllm_core.errors import ConfigError
+from mmllm_core.language import compute_dtype
 from mmllm_core.loss import FLOATS_AT_ONCE, LOGITS_AT_ONCE
 from mmllm_core.models.profile import load_profile
 from train_jobs.accelerators import CPU, Accelerator, accelerator
@@ -137,6 +138,9 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
     profile = load_profile(recipe.profile)
     check_recipe(recipe, profile)
     on_cpu = options.gpu.lower() == CPU
+    if on_cpu:
+        dtype = compute_dtype(profile.language.dtype, CPU)
+        profile = profile.model_copy(update={"language": profile.language.model_copy(update={"dtype": dtype})})
     chip = None if on_cpu else accelerator(options.gpu)
     lm_config = read_lm_config(profile, options.lm_shape)
     model = model_shape(profile, recipe, lm_config)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmllm_core.config import LanguageConfig, LoraConfig
+from mmllm_core.config import Dtype, LanguageConfig, LoraConfig
 from mmllm_core.errors import EnvironmentLack
 from train_jobs.accelerators import CPU, Accelerator, measured_flops
 from train_jobs.deepspeed_ops import worker_environment
@@ -66,7 +66,7 @@ class Measured:
     """What the allocator holds beyond what is in use at the peak, as a share of what a step adds; glibc keeps freed
     blocks in its arenas, where blocks of other sizes do not fit. 0 where the C library does not tell."""
     flops: float
-    """bfloat16 operations a second of one core."""
+    """Operations a second of one core, in the dtype that the LM is computed in."""
 
 
 def rehearse(rehearsal: Rehearsal) -> Measured:
@@ -133,7 +133,7 @@ def _measure(rehearsal: Rehearsal) -> Measured:
         importlib.import_module(name)
     resident = float(psutil.Process().memory_info().rss)
     if _in_use() is None:
-        return Measured(resident, 0.0, measured_flops("bfloat16"))
+        return Measured(resident, 0.0, measured_flops(_dtype(rehearsal)))
     torch.manual_seed(0)
     before_resident, before_in_use = _anonymous(), _in_use() or 0
     base = _load(rehearsal)
@@ -144,7 +144,7 @@ def _measure(rehearsal: Rehearsal) -> Measured:
         _step(base, rehearsal.rows, length, int(rehearsal.lm_config["hidden_size"]))
     watch.end()
     held = (watch.resident - before_resident) - (watch.in_use - before_in_use)
-    return Measured(resident, max(0.0, held / (watch.in_use - loaded)), measured_flops("bfloat16"))
+    return Measured(resident, max(0.0, held / (watch.in_use - loaded)), measured_flops(_dtype(rehearsal)))
 
 
 def _load(rehearsal: Rehearsal) -> Any:
@@ -154,13 +154,14 @@ def _load(rehearsal: Rehearsal) -> Any:
 
     from mmllm_core.language import add_adapter, load_language_model
 
+    dtype = getattr(torch, _dtype(rehearsal))
     config = AutoConfig.for_model(**rehearsal.lm_config)
     with tempfile.TemporaryDirectory() as folder:
         language = LanguageConfig.model_validate(rehearsal.language)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         lm: Any = load_language_model(language, Path(folder))
     if rehearsal.lora:
-        adapted: Any = add_adapter(lm, LoraConfig.model_validate(rehearsal.lora)).to(torch.bfloat16)
+        adapted: Any = add_adapter(lm, LoraConfig.model_validate(rehearsal.lora)).to(dtype)
         lm = adapted.get_base_model()
     elif rehearsal.trains_lm:
         lm.requires_grad_(True)
@@ -169,10 +170,16 @@ def _load(rehearsal: Rehearsal) -> Any:
     return lm.base_model.train()
 
 
+def _dtype(rehearsal: Rehearsal) -> Dtype:
+    from mmllm_core.language import compute_dtype
+
+    return compute_dtype(LanguageConfig.model_validate(rehearsal.language).dtype, CPU)
+
+
 def _step(base: Any, rows: int, length: int, d_model: int) -> None:
     import torch
 
-    embeddings = torch.randn(rows, length, d_model, dtype=torch.bfloat16, requires_grad=True)  # (b, t, d_model)
+    embeddings = torch.randn(rows, length, d_model, dtype=base.dtype, requires_grad=True)  # (b, t, d_model)
     mask = torch.ones(rows, length, dtype=torch.int64)
     hidden = base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state  # (b, t, d_model)
     hidden.float().sum().backward()

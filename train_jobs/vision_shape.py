@@ -4,13 +4,16 @@ In: a profile's `VisionConfig`. Out: a `VisionShape`, a `TowerShape`. Weights ne
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmllm_core.config import ClipRecipe, HubSource, TrainedSource, VisionConfig
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import n_features, read_clip_config
 from train_jobs.kept_bytes import kept_bytes
 from train_jobs.recipe import load_recipe
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class TowerShape:
     """What autograd keeps of one image, if the tower is trained."""
 
 
-def tower_shape(vision: VisionConfig) -> TowerShape:
+def tower_shape(vision: VisionConfig, dtype: "torch.dtype") -> TowerShape:
     """Count the vision tower, built without numbers.
 
     Raises:
@@ -56,8 +59,8 @@ def tower_shape(vision: VisionConfig) -> TowerShape:
     config = architecture["vision_cfg"]
     with torch.device("meta"):
         tower = _build_vision_tower(architecture["embed_dim"], config, architecture.get("quick_gelu", False))
-        tower = tower.to(torch.bfloat16).train()
-        pixels = torch.zeros(1, 3, config["image_size"], config["image_size"], dtype=torch.bfloat16)  # (1, 3, h, w)
+        tower = tower.to(dtype).train()
+        pixels = torch.zeros(1, 3, config["image_size"], config["image_size"], dtype=dtype)  # (1, 3, h, w)
     side = int(config["image_size"]) // int(config["patch_size"])
     kept = kept_bytes(lambda: tower(pixels), tower)
     return TowerShape(sum(p.numel() for p in tower.parameters()), side * side + 1, float(kept))

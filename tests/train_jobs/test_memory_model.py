@@ -76,6 +76,9 @@ def test_on_cpu_the_lm_lies_in_its_mapped_file_but_for_what_is_quantized() -> No
     assert found.weights == pytest.approx(1000 * bytes_per_weight("nf4", 2))
     assert memory(replace(SMALL, quantization="none"), BATCH, CPU).weights == 0
     assert memory(SMALL, BATCH, GPU).mapped == 0
+    converted = memory(replace(SMALL, dtype_bytes=4), BATCH, CPU)
+    assert converted.mapped == 0
+    assert converted.weights == pytest.approx(weight_bytes(replace(SMALL, dtype_bytes=4)))
 
 
 def test_the_allocator_takes_its_share_of_what_a_step_adds() -> None:
@@ -197,24 +200,29 @@ def test_a_phi4_mini_qlora_checkpoint_takes_less_than_a_gibibyte() -> None:
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "phi"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("trains", ["adapter", "connector", "everything"])
-def test_activations_are_what_autograd_keeps(tiny_lm: Any, model_type: str, attention: Any, trains: str) -> None:
-    """Three layers' worth less two's, in bfloat16: what a layer keeps for its backward pass.
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_activations_are_what_autograd_keeps(
+    tiny_lm: Any, model_type: str, attention: Any, trains: str, dtype: Any
+) -> None:
+    """Three layers' worth less two's: what a layer keeps for its backward pass.
 
     On CPU, sdpa's result is laid out as Phi's queries are, and so is copied before the adapter keeps it; on GPUs it is
     not.
     """
+    embedded = load_profile("embedded")
+    profile = embedded.model_copy(update={"language": embedded.language.model_copy(update={"dtype": dtype})})
     kept = []
     lora = LoraConfig(rank=4) if trains == "adapter" else None
     recipe = whole_recipe() if trains == "everything" else recipe_of(lora)
     for n_layers in (2, 3):
         config = {"num_hidden_layers": n_layers, "hidden_act": "gelu_new" if model_type == "phi" else "silu"}
-        lm = tiny_lm(model_type, **config).to(torch.bfloat16).requires_grad_(trains == "everything")
+        lm = tiny_lm(model_type, **config).to(getattr(torch, dtype)).requires_grad_(trains == "everything")
         lm.set_attn_implementation(attention)
-        shape = model_shape(load_profile("embedded"), recipe, lm.config)
+        shape = model_shape(profile, recipe, lm.config)
         if lora:
-            lm = add_adapter(lm, lora).to(torch.bfloat16)
+            lm = add_adapter(lm, lora).to(getattr(torch, dtype))
         base = (lm.get_base_model() if lora else lm).base_model.train()
-        embeddings = torch.randn(2, 32, 64, dtype=torch.bfloat16, requires_grad=True)  # (b, t, d_model)
+        embeddings = torch.randn(2, 32, 64, dtype=getattr(torch, dtype), requires_grad=True)  # (b, t, d_model)
         mask = torch.ones(2, 32, dtype=torch.int64)
         mask[1, 20:] = 0  # (b, t): padding, without which sdpa would need no mask
         kept.append(
