@@ -120,9 +120,12 @@ def train(recipe: Recipe) -> TrainedRun:
                 resume=goes_on,
             )
         except TrainingError as error:
-            raise TrainingError(
-                f"{recipe.name}: {read_notice(folder)}" if read_notice(folder) else str(error)
-            ) from error
+            if (said := read_notice(folder)) is not None:
+                raise TrainingError(f"{recipe.name}: {said}") from error
+            if has_checkpoints(storage, recipe.name):
+                way_on = f"go on from the last checkpoint in {storage} with 'mmllm train --resume {recipe.name}'"
+                raise TrainingError(f"{error}; {way_on}") from error
+            raise
         if (said := read_notice(folder)) is not None:
             raise TrainingError(f"{recipe.name}: {said}")
     from mmllm_core.language import compute_dtype  # which brings PyTorch

@@ -127,7 +127,7 @@ class _Worker:
             with checkpoint.as_directory() as folder:
                 trained, state = load_checkpoint(Path(folder))
             load_weights(model, trained.weights)
-            self._say(event="resumed", step=state.step, workers=self.world)
+            self._say(event="resumed", step=state.step)
             return trained, state
         self._say(phase="asking before tuning")
         before = self._ask(model)
@@ -146,7 +146,7 @@ class _Worker:
         images = self.images if isinstance(self.images, StoredFeatures) else self.images.pixels
         encoding = Encoding.of(recipe, self.profile, self.tokenizer, images, self.config.origins.n_patches)
         batches = step_batches(recipe, encoding, rank=self.rank, world=self.world, start_step=state.step)
-        self._say(phase="training")
+        self._say(phase="training", workers=self.world)
         looked, saved_for = time.monotonic(), None
         while state.step < recipe.steps:
             began = time.monotonic()

@@ -4,6 +4,7 @@ Workers are processes of their own with gloo between them; no Ray.
 """
 
 import json
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,35 @@ def _run(rank: int, part: Part) -> None:
         save_checkpoint(engine, manifest, folder, RunState(step + 1, 0.0))
     if rank == 0:
         (part.target / "losses.json").write_text(json.dumps(losses))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_disk_that_takes_no_more_is_a_named_error_and_leaves_the_last_checkpoint(
+    compiled_ops: dict[str, str], tmp_path: Path
+) -> None:
+    in_workers(_fill_the_disk, tmp_path, world=1, environment=compiled_ops)
+    said = (tmp_path / "said").read_text()
+    assert f"step 2: the checkpoint cannot be written to {tmp_path / 'second'}" in said
+    assert "File too large" in said
+    assert "the last one stays" in said
+    assert load_checkpoint(tmp_path / "first")[1].step == 1
+
+
+def _fill_the_disk(rank: int, folder: Path) -> None:
+    recipe = tiny_recipe({"stage": 2})
+    model = tiny_model(recipe, torch.float32)
+    manifest = model.trainable_names()
+    engine = initialise_deepspeed(model, recipe)
+    for name in ("first", "second"):
+        (folder / name).mkdir()
+    save_checkpoint(engine, manifest, folder / "first", RunState(1, 0.0))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+    with pytest.raises(TrainingError) as caught:
+        save_checkpoint(engine, manifest, folder / "second", RunState(2, 0.0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    (folder / "said").write_text(str(caught.value))
 
 
 def state_of(*names: str) -> TrainedState:

@@ -6,14 +6,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 import yaml
+from ray._raylet import GcsClient
+from ray.core.generated import autoscaler_pb2
 from safetensors.torch import load_file
 
 from cluster.local import local_ray
@@ -53,14 +56,19 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def wait_for_step(log: Path, step: int, seconds: float = 200) -> None:
-    """Until a checkpoint of this step or a later one was reported."""
+def wait_for(log: Path, found: Callable[[dict[str, Any]], bool], seconds: float = 200) -> None:
+    """Until a line of the log is what is waited for."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if any(line.get("event") == "checkpoint" and line["step"] >= step for line in read_metrics(log)):
+        if any(found(line) for line in read_metrics(log)):
             return
         time.sleep(0.02)
-    raise TimeoutError(f"{log}: no checkpoint of step {step}")
+    raise TimeoutError(f"{log}: waited for {seconds:g} s")
+
+
+def wait_for_checkpoint(log: Path, step: int) -> None:
+    """Until a checkpoint of this step or a later one was reported."""
+    wait_for(log, lambda line: line.get("event") == "checkpoint" and line["step"] >= step)
 
 
 def events(run: TrainedRun, kind: str) -> list[dict[str, Any]]:
@@ -73,7 +81,7 @@ def test_a_run_whose_worker_is_killed_ends_as_one_that_was_left_alone(tiny_recip
     log = runs_folder() / "killed" / LOG
 
     def kill_a_worker() -> None:
-        wait_for_step(log, 20)
+        wait_for_checkpoint(log, 20)
         workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())]
         workers[-1].send_signal(signal.SIGKILL)
 
@@ -86,6 +94,49 @@ def test_a_run_whose_worker_is_killed_ends_as_one_that_was_left_alone(tiny_recip
     assert same(weights(killed), weights(alone))
 
 
+def test_a_notice_of_preemption_makes_a_checkpoint_at_once(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
+    recipe = tiny_recipe("preempted", **LONG | {"steps": 200, "checkpoint": {"every_steps": 200}})
+    log = runs_folder() / "preempted" / LOG
+
+    def announce() -> None:
+        wait_for(log, lambda line: line.get("step", 0) >= 5)
+        context = ray.get_runtime_context()
+        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        ends = int((time.time() + 3600) * 1000)
+        GcsClient(address=context.gcs_address).drain_node(context.get_node_id(), reason, "to be reclaimed", ends)
+
+    with local_ray():
+        thread = threading.Thread(target=announce)
+        thread.start()
+        run = train(recipe)
+        thread.join()
+    (notice,) = events(run, "preemption")
+    assert 5 <= notice["step"] < 200
+    assert [event["step"] for event in events(run, "checkpoint")] == [notice["step"], 200]
+
+
+@pytest.mark.usefixtures("own_ray")
+def test_a_run_takes_the_workers_that_there_are(tiny_recipe: TinyRecipe) -> None:
+    """With the same conversations, and so nearly the same losses."""
+
+    @ray.remote(num_cpus=1)
+    class Neighbour:
+        def ready(self) -> None: ...
+
+    neighbour = Neighbour.remote()
+    ray.get(neighbour.ready.remote())
+    settings = {"learning_rates": {"connector": 1e-4, "lm": 1e-4}}
+    alone = train(tiny_recipe("elastic", workers=2, min_workers=1, **settings))
+    ray.kill(neighbour)
+    both = train(tiny_recipe("inelastic", workers=2, **settings))
+    for run, workers in ((alone, 1), (both, 2)):
+        assert [line["workers"] for line in read_metrics(run.folder / LOG) if "workers" in line] == [workers]
+    assert losses(alone) == pytest.approx(losses(both), rel=5e-3)
+
+
 def interrupt(recipe: Recipe, step: int, arguments: list[str]) -> None:
     """Train in a process of its own, and kill that when a checkpoint of `step` is there."""
     path = home() / f"{recipe.name}.yaml"
@@ -94,7 +145,7 @@ def interrupt(recipe: Recipe, step: int, arguments: list[str]) -> None:
     with (home() / "driver.log").open("wb") as output:
         driver = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=os.environ)
     try:
-        wait_for_step(runs_folder() / recipe.name / LOG, step)
+        wait_for_checkpoint(runs_folder() / recipe.name / LOG, step)
     finally:
         family = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()  # the driver alone: what it started must notice
@@ -111,7 +162,8 @@ def test_a_run_goes_on_with_other_numbers_of_workers_after_its_driver_was_killed
     with local_ray():
         moved = resume("moved", {"workers": 2})
         whole = train(tiny_recipe("whole", **settings))
-        assert [event["workers"] for event in events(moved, "resumed")] == [1, 2]
+        assert len(events(moved, "resumed")) == 2
+        assert [line["workers"] for line in read_metrics(moved.folder / LOG) if "workers" in line] == [2, 1, 2]
         assert losses(moved) == pytest.approx(losses(whole), rel=5e-3)
         ids = [line["samples"] for line in step_lines(read_metrics(moved.folder / LOG))]
         assert ids == [4] * 60

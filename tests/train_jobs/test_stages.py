@@ -1,6 +1,7 @@
 """Every stage from recipe to bundle, over Ray, with tiny models: what is trained moves, and nothing else does."""
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pyarrow.fs import FileSelector
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +20,10 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.config import Recipe
 from mmllm_core.errors import ConfigError, EnvironmentLack, TrainingError
 from tests.train_jobs.conftest import TinyRecipe
+from train_jobs.checkpoint import load_checkpoint
 from train_jobs.embed_images import embed_recipe
 from train_jobs.evaluate import evaluate
+from train_jobs.launch import open_storage
 from train_jobs.origins import find_origins, starting_profile
 from train_jobs.progress import read_metrics, step_lines
 from train_jobs.run_record import LOG, read_run, runs_folder
@@ -166,8 +170,39 @@ def test_a_place_for_checkpoints_that_cannot_be_written_ends_a_run_before_it_sta
         train(tiny_recipe("unwritable", checkpoint={"storage": str(place)}))
 
 
-def test_checkpoints_go_to_any_filesystem_of_fsspec(tiny_recipe: TinyRecipe, tiny_home: Path) -> None:
-    place = tiny_home / "elsewhere"
-    run = train(tiny_recipe("elsewhere", checkpoint={"every_steps": 2, "storage": f"local://{place}", "keep": 2}))
-    assert len(list((place / "elsewhere").glob("checkpoint_*/weights.safetensors"))) == 2
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 200 kB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("may not mount a filesystem here")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_storage_that_is_full_is_a_named_error_and_keeps_the_last_checkpoint(
+    tiny_recipe: TinyRecipe, small_disk: Path
+) -> None:
+    """One checkpoint fits, and a second does not: the best and the last are kept."""
+    recipe = tiny_recipe("full", checkpoint={"every_steps": 2, "storage": str(small_disk)}, max_restarts=1)
+    with pytest.raises(TrainingError, match=r"full: .*No space left on device.*--resume full"):
+        train(recipe)
+    whole = [path for path in (small_disk / "full").glob("checkpoint_*") if (path / "state.json").is_file()]
+    assert load_checkpoint(whole[0])[1].step == 2
+    subprocess.run(["mount", "-o", "remount,size=5m", str(small_disk)], check=True)
+    assert len(losses(train(recipe))) == 6
+
+
+@pytest.mark.parametrize("storage", ["local", "s3"])
+def test_checkpoints_go_to_any_filesystem(
+    storage: str, tiny_recipe: TinyRecipe, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("s3_url") if storage == "s3" else f"local://{tmp_path}"
+    checkpoint = {"every_steps": 2, "storage": url, "keep": 2}
+    run = train(tiny_recipe(f"on-{storage}", checkpoint=checkpoint))
+    filesystem, folder = open_storage(url)
+    found = filesystem.get_file_info(FileSelector(f"{folder}/on-{storage}", recursive=True))
+    assert sum(info.base_name == "weights.safetensors" for info in found) == 2
     assert len(losses(run)) == 6
