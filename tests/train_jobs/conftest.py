@@ -53,7 +53,7 @@ def tiny_home(
 
 @pytest.fixture
 def tiny_recipe(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> TinyRecipe:
-    """Make a recipe of the tiny profile: an instruct stage of six steps, unless the test says otherwise."""
+    """Make a recipe of the tiny profile: an instruct stage of six steps and one worker, unless the test says so."""
     monkeypatch.setenv("MMLLM_HOME", str(tiny_home))  # not the home of the single test
 
     def build(name: str, **changes: object) -> Recipe:
@@ -65,6 +65,7 @@ def tiny_recipe(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> TinyRecipe:
             "steps": 6,
             "batch_size": 4,
             "micro_batch": 2,
+            "workers": 1,
             "lora": {"rank": 4},
             "learning_rates": {"connector": 1e-3, "lm": 1e-3},
             "checkpoint": {"every_steps": 2},

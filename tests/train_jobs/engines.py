@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmllm_core.config import LinearConfig, Recipe, parse_config
+from mmllm_core.config import ConnectorConfig, LinearConfig, Recipe, parse_config
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
 from mmllm_core.data.batching import Encoded
@@ -51,15 +51,15 @@ def tiny_recipe(zero: dict[str, Any], micro_batch: int = BATCH_SIZE, dropout: fl
     return parse_config(Recipe, values | {"learning_rates": {"connector": 1e-3, "lm": 1e-3}}, "test")
 
 
-def tiny_model(recipe: Recipe, dtype: torch.dtype) -> MultimodalLM:
-    """Two layers of 64, with the recipe's adapter and a linear connector of 8."""
+def tiny_model(recipe: Recipe, dtype: torch.dtype, config: ConnectorConfig = LinearConfig()) -> MultimodalLM:
+    """Two layers of 64, with the recipe's adapter and a connector of 8."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     lm = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).requires_grad_(False).to(dtype)
     assert recipe.lora is not None
-    connector = build_connector(LinearConfig(), 8, LmShape(64, 2)).to(dtype)
+    connector = build_connector(config, 8, LmShape(64, 2)).to(dtype)
     return MultimodalLM(add_adapter(lm, recipe.lora), connector).train()
 
 

@@ -1,12 +1,14 @@
-"""The first losses of each embedded recipe, by the training code itself in one process; CLIP is random but seeded.
+"""The first losses of each embedded recipe, by the training code itself in one process.
 
-`python -m tests.train_jobs.golden_losses` writes them anew to `tests/golden/losses.json`, which a test compares.
-A change of numbers there must be meant.
+CLIP is random but seeded, and the LM is computed in float32, so that every CPU gives them. `python -m
+tests.train_jobs.golden_losses [RECIPE ...]` writes them anew to `tests/golden/losses.json`; `--check` compares all of
+them, and a test the first few. A change of numbers there must be meant.
 """
 
+import argparse
 import json
+import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from mmllm_core.models.home import home
 
 N_LOSSES = 20
+TOLERANCE = 0.01
 FILE = Path(__file__).parent.parent / "golden" / "losses.json"
 
 
@@ -27,8 +30,8 @@ def recipes() -> list[str]:
     return [name for name, r in loaded.items() if isinstance(r, Recipe) and r.profile == "embedded"]
 
 
-def first_losses(name: str) -> list[float]:
-    """Losses of a recipe's first steps, one worker with one core's threads."""
+def first_losses(name: str, count: int = N_LOSSES) -> list[float]:
+    """Losses of a recipe's first steps, by one worker."""
     from train_jobs.deepspeed_ops import build_ops
 
     build_ops()
@@ -38,7 +41,7 @@ def first_losses(name: str) -> list[float]:
     return found
 
 
-def _train(_rank: int, name: str, place: str, home_folder: str) -> None:
+def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> None:
     from train_jobs.deepspeed_ops import worker_environment
 
     os.environ["MMLLM_HOME"] = home_folder
@@ -47,14 +50,13 @@ def _train(_rank: int, name: str, place: str, home_folder: str) -> None:
     import deepspeed
     import torch.distributed as dist
 
-    from mmllm_core.config import Recipe
     from mmllm_core.language import load_tokenizer
     from mmllm_core.models.profile import load_profile
     from mmllm_core.models.resolve import resolve
     from mmllm_core.vision import ClipEncoder
     from train_jobs.origins import Origins, build_model
     from train_jobs.real_time_images import RealTimeImages
-    from train_jobs.recipe import load_recipe
+    from train_jobs.recipe import load_training_recipe
     from train_jobs.schedule import learning_rates
     from train_jobs.training_data import Encoding, step_batches
     from train_jobs.training_step import seed_step, training_step
@@ -64,8 +66,8 @@ def _train(_rank: int, name: str, place: str, home_folder: str) -> None:
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     deepspeed.init_distributed("gloo")
-    recipe, profile = load_recipe(name), load_profile("embedded")
-    assert isinstance(recipe, Recipe)
+    recipe, profile = load_training_recipe(name), load_profile("embedded")
+    profile = profile.model_copy(update={"language": profile.language.model_copy(update={"dtype": "float32"})})
     clip = _seeded_clip(Path(place) / "clip")
     encoder = ClipEncoder(profile.vision, clip)
     language = resolve(profile.language.source)
@@ -79,7 +81,7 @@ def _train(_rank: int, name: str, place: str, home_folder: str) -> None:
     engine = initialise_deepspeed(model, recipe)
     encoding = Encoding.of(recipe, profile, tokenizer, images.pixels if real_time else images, origins.n_patches)
     losses = []
-    for step, batches in zip(range(N_LOSSES), step_batches(recipe, encoding), strict=False):
+    for step, batches in zip(range(count), step_batches(recipe, encoding), strict=False):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rates(recipe, step)[group["name"]]
         seed_step(recipe.seed, step, 0)
@@ -107,10 +109,27 @@ def _seeded_clip(folder: Path) -> Path:
     return folder
 
 
-if __name__ == "__main__":
-    wanted = sys.argv[1:] or recipes()
+def equal(found: list[float], golden: list[float]) -> bool:
+    """Whether losses are the recorded ones, as far as CPUs agree."""
+    return all(math.isclose(one, other, rel_tol=TOLERANCE) for one, other in zip(found, golden, strict=True))
+
+
+def main() -> None:
+    """Record, or check."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipes", nargs="*", default=recipes())
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
-    for recipe_name in wanted:
-        known[recipe_name] = first_losses(recipe_name)
-        FILE.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
-        print(recipe_name, known[recipe_name][0], "->", known[recipe_name][-1])
+    for name in options.recipes:
+        found = first_losses(name)
+        print(name, found[0], "->", found[-1], flush=True)
+        if not options.check:
+            known[name] = found
+            FILE.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+        elif not equal(found, known[name]):
+            raise SystemExit(f"{name}: {found} and not {known[name]}")
+
+
+if __name__ == "__main__":
+    main()

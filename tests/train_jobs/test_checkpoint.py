@@ -35,11 +35,6 @@ class Part:
     micro_batch: int = BATCH_SIZE
     world: int = 1
 
-    @property
-    def losses(self) -> list[float]:
-        found: list[float] = json.loads((self.target / "losses.json").read_text())
-        return found
-
     def checkpoint(self, step: int) -> Path:
         return self.target / f"{step}"
 
@@ -50,43 +45,77 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{file} {k}": v for file in files for k, v in load_file(folder / f"{file}.safetensors").items()}
 
 
+CASES: list[tuple[dict[str, Any], str]] = [
+    ({"stage": 0}, "float32"),
+    ({"stage": 1}, "bfloat16"),
+    ({"stage": 2}, "float32"),
+    ({"stage": 2}, "bfloat16"),
+    ({"stage": 2, "offload_optimizer": True}, "bfloat16"),
+    ({"stage": 3}, "float32"),
+    ({"stage": 3}, "bfloat16"),
+]
+MOVED = [case for case in CASES if case[0]["stage"] >= 2 and case[1] == "float32"]
+"""Where the number of workers changes too."""
+
+
+def named(case: tuple[dict[str, Any], str]) -> str:
+    zero, dtype = case
+    return "-".join(map(str, [*zero.values(), dtype]))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, str]) -> Path:
+    """Checkpoints of runs that go through, that are cut into micro-batches, and that are resumed in new processes."""
+    place = tmp_path_factory.mktemp("runs")
+    whole = {named(case): Part(*case, 0, 4, place / f"whole-{named(case)}") for case in CASES}
+    cut = [Part(*case, 0, 4, place / f"cut-{named(case)}", micro_batch=2) for case in MOVED]
+    in_workers(_work, [*whole.values(), *cut], world=1, environment=compiled_ops)
+    resumed = [Part(*case, 2, 4, place / f"resumed-{named(case)}", whole[named(case)].checkpoint(2)) for case in CASES]
+    in_workers(_work, resumed, world=1, environment=compiled_ops)
+    wider = [
+        Part(*case, 2, 3, place / f"wider-{named(case)}", whole[named(case)].checkpoint(2), world=2) for case in MOVED
+    ]
+    in_workers(_work, wider, world=2, environment=compiled_ops)
+    last = [
+        Part(*case, 3, 4, place / f"last-{named(case)}", part.checkpoint(3))
+        for case, part in zip(MOVED, wider, strict=True)
+    ]
+    in_workers(_work, last, world=1, environment=compiled_ops)
+    return place
+
+
+def losses_of(folder: Path) -> list[float]:
+    found: list[float] = json.loads((folder / "losses.json").read_text())
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize(
-    ("zero", "dtype"),
-    [
-        ({"stage": 0}, "float32"),
-        ({"stage": 1}, "bfloat16"),
-        ({"stage": 2}, "float32"),
-        ({"stage": 2}, "bfloat16"),
-        ({"stage": 2, "offload_optimizer": True}, "bfloat16"),
-        ({"stage": 3}, "float32"),
-        ({"stage": 3}, "bfloat16"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
-)
-def test_a_resumed_run_equals_one_that_was_not_interrupted(
-    zero: dict[str, Any], dtype: str, compiled_ops: dict[str, str], tmp_path: Path
-) -> None:
-    moves = dtype == "float32" and zero["stage"] >= 2
-    whole = Part(zero, dtype, 0, 4, tmp_path / "whole")
-    cut = Part(zero, dtype, 0, 4, tmp_path / "cut", micro_batch=2)
-    in_workers(_work, [whole, cut] if moves else [whole], world=1, environment=compiled_ops)
-    resumed = Part(zero, dtype, 2, 4, tmp_path / "resumed", whole.checkpoint(2))
-    in_workers(_work, [resumed], world=1, environment=compiled_ops)
-    assert whole.losses[2:] == resumed.losses
-    expected, found = tensors(whole.checkpoint(4)), tensors(resumed.checkpoint(4))
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_a_resumed_run_equals_one_that_was_not_interrupted(case: tuple[dict[str, Any], str], folder: Path) -> None:
+    whole, resumed = (folder / f"{kind}-{named(case)}" for kind in ("whole", "resumed"))
+    assert losses_of(whole)[2:] == losses_of(resumed)
+    expected, found = tensors(whole / "4"), tensors(resumed / "4")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    if moves:
-        assert cut.losses == pytest.approx(whole.losses, abs=1e-5), "accumulated over three micro-batches"
-        wider = Part(zero, dtype, 2, 3, tmp_path / "wider", whole.checkpoint(2), world=2)
-        in_workers(_work, [wider], world=2, environment=compiled_ops)
-        last = Part(zero, dtype, 3, 4, tmp_path / "last", wider.checkpoint(3))
-        in_workers(_work, [last], world=1, environment=compiled_ops)
-        assert wider.losses + last.losses == pytest.approx(whole.losses[2:], abs=1e-5)
-        moved = tensors(last.checkpoint(4))
-        assert all(torch.allclose(expected[name], moved[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("case", MOVED, ids=named)
+def test_one_worker_two_and_one_again_take_the_same_steps(case: tuple[dict[str, Any], str], folder: Path) -> None:
+    whole, wider, last = (folder / f"{kind}-{named(case)}" for kind in ("whole", "wider", "last"))
+    assert losses_of(wider) + losses_of(last) == pytest.approx(losses_of(whole)[2:], abs=1e-5)
+    expected, moved = tensors(whole / "4"), tensors(last / "4")
+    assert all(torch.allclose(expected[name], moved[name], atol=1e-5) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("case", MOVED, ids=named)
+def test_accumulation_over_micro_batches_gives_the_same_losses(case: tuple[dict[str, Any], str], folder: Path) -> None:
+    whole, cut = (folder / f"{kind}-{named(case)}" for kind in ("whole", "cut"))
+    assert losses_of(cut) == pytest.approx(losses_of(whole), abs=1e-5)
 
 
 def _work(rank: int, parts: list[Part]) -> None:

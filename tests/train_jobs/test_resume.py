@@ -32,7 +32,7 @@ from train_jobs.train import TrainedRun, resume, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-LONG = {"steps": 120, "checkpoint": {"every_steps": 10}}
+LONG = {"steps": 120, "workers": 2, "checkpoint": {"every_steps": 10}}
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_notice_of_preemption_makes_a_checkpoint_at_once(
     tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
-    recipe = tiny_recipe("preempted", **LONG | {"steps": 200, "checkpoint": {"every_steps": 200}})
+    recipe = tiny_recipe("preempted", steps=200, checkpoint={"every_steps": 200})
     log = runs_folder() / "preempted" / LOG
 
     def announce() -> None:

@@ -110,6 +110,7 @@ def test_all_of_an_lm_and_of_clips_tower_are_trained_and_bundled(tiny_recipe: Ti
         "learning_rates": {"connector": 1e-3, "lm": 1e-3, "vision": 1e-3},
         "gradient_checkpointing": True,
         "zero": {"stage": 3},
+        "workers": 2,
         "evaluation_questions": 4,
     }
     run = train(tiny_recipe("all", **settings))
@@ -140,7 +141,6 @@ def test_a_missing_image_is_named_with_its_sample_and_checkpoints_stay(
         "missing",
         data={"sources": [{"dataset": "llava", "file": str(file), "images": str(tiny_home)}]},
         steps=200,
-        workers=1,
     )
     log = runs_folder() / "missing" / LOG
 

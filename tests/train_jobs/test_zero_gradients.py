@@ -1,7 +1,6 @@
 """Every ZeRO stage takes the steps that one process takes, with all of the model trained and gradients checkpointed."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.local import local_ray, quieten
 from mmllm_core.config import LoraConfig, MlpConfig, PathSource, VisionConfig
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
@@ -19,19 +17,14 @@ from mmllm_core.language import add_adapter, unfreeze
 from mmllm_core.model import MultimodalLM
 from mmllm_core.vision import ClipEncoder
 from tests.conftest import TinyLM
-from train_jobs.launch import Kept, Workers, run_workers
+from tests.train_jobs.engines import in_workers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 STEPS = 3
 RATE = 0.02
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_ray() -> Iterator[None]:
-    quieten()
-    with local_ray():
-        yield
+CASES = ((1, True), (2, False), (3, True), (3, False))
+"""ZeRO's stage, and whether an adapter is trained or all of the LM."""
 
 
 def build(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> tuple[MultimodalLM, ClipEncoder]:
@@ -72,58 +65,62 @@ def loss_sum(model: Any, step: int, worker: int, clip: ClipEncoder) -> torch.Ten
     return model(batch.input_ids, batch.attention_mask, batch.labels, None, None, pixels)
 
 
-@pytest.mark.parametrize(("stage", "adapter"), [(1, True), (2, False), (3, True), (3, False)])
-def test_losses_equal_those_of_one_process(
-    stage: int,
-    adapter: bool,
-    compiled_ops: dict[str, str],
-    tiny_lm: TinyLM,
-    tiny_clip: Callable[..., Path],
-    tmp_path: Path,
-) -> None:
-    lm_folder, clip_folder = tmp_path / "lm", tiny_clip()
-    tiny_lm("phi").save_pretrained(lm_folder)
+def one_process(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> list[float]:
+    """Losses of plain steps over both workers' batches."""
     model, clip = build(lm_folder, clip_folder, adapter=adapter)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
-    expected = []
+    losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
         loss = sum(loss_sum(model, step, worker, clip) for worker in range(2)) / n_supervised(step, clip)
         loss.backward()
         optimizer.step()
-        expected.append(float(loss))
-    assert abs(expected[0] - expected[-1]) > 0.01
+        losses.append(float(loss))
+    return losses
 
-    def work(_: dict[str, object]) -> None:
-        os.environ.update(compiled_ops)
-        import deepspeed
-        import ray.train
-        import torch.distributed as dist
 
-        worker = ray.train.get_context().get_world_rank()
-        model, clip = build(lm_folder, clip_folder, adapter=adapter)
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE),
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_clipping": 0.0,  # it would clip to 1 by itself
-                # ZeRO-3 would keep parameters as small as these whole on every worker.
-                "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-            },
-        )
-        losses = []
-        for step in range(STEPS):
-            loss = loss_sum(engine, step, worker, clip) / n_supervised(step, clip)
-            engine.backward(loss * 2)  # DeepSpeed averages over workers
-            engine.step()
-            total = loss.detach().clone()
-            dist.all_reduce(total)
-            losses.append(float(total))
-        if worker == 0:
-            np.save(tmp_path / "losses.npy", np.array(losses))
+def under_zero(worker: int, lm_folder: Path, clip_folder: Path, stage: int, *, adapter: bool) -> list[float]:
+    """Losses of the same steps, shared by two workers."""
+    import deepspeed
 
-    run_workers(work, {}, name=f"zero-{stage}-{adapter}", workers=Workers(2), kept=Kept(str(tmp_path / "ray")))
-    assert np.allclose(np.load(tmp_path / "losses.npy"), expected, rtol=1e-5)
+    model, clip = build(lm_folder, clip_folder, adapter=adapter)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,  # it would clip to 1 by itself
+            # ZeRO-3 would keep parameters as small as these whole on every worker.
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    losses = []
+    for step in range(STEPS):
+        loss = loss_sum(engine, step, worker, clip) / n_supervised(step, clip)
+        engine.backward(loss * 2)  # DeepSpeed averages over workers
+        engine.step()
+        total = loss.detach().clone()
+        torch.distributed.all_reduce(total)
+        losses.append(float(total))
+    return losses
+
+
+def work(worker: int, folders: tuple[Path, Path, Path]) -> None:
+    *models, results = folders
+    found = [under_zero(worker, *models, stage, adapter=adapter) for stage, adapter in CASES]
+    if worker == 0:
+        np.save(results / "losses.npy", np.array(found))
+
+
+def test_losses_equal_those_of_one_process(
+    compiled_ops: dict[str, str], tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tmp_path: Path
+) -> None:
+    lm_folder, clip_folder = tmp_path / "lm", tiny_clip()
+    tiny_lm("phi").save_pretrained(lm_folder)
+    expected = {adapter: one_process(lm_folder, clip_folder, adapter=adapter) for adapter in (False, True)}
+    assert all(abs(losses[0] - losses[-1]) > 0.01 for losses in expected.values())
+    in_workers(work, (lm_folder, clip_folder, tmp_path), world=2, environment=compiled_ops)
+    for (stage, adapter), found in zip(CASES, np.load(tmp_path / "losses.npy"), strict=True):
+        assert np.allclose(found, expected[adapter], rtol=1e-5), f"stage {stage}, adapter {adapter}"
