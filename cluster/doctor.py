@@ -62,11 +62,13 @@ def _torch() -> Check:
         return Check("torch", "stop", "not installed", "run 'make install'")
     import torch
 
-    bf16 = "bf16 instructions" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no bf16 instructions"
-    found = f"{torch.__version__}, {torch.get_num_threads()} threads, {bf16}"
-    return Check(
-        "torch", "ok", found, "" if bf16.startswith("bf16") else "training and answers are about twice as slow"
-    )
+    from mmllm_core.language import multiplies_bfloat16
+
+    found = f"{torch.__version__}, {torch.get_num_threads()} threads"
+    if multiplies_bfloat16():
+        return Check("torch", "ok", f"{found}, bfloat16 instructions")
+    cost = "the LM is computed in float32: half as fast, in twice the memory"
+    return Check("torch", "ok", f"{found}, no bfloat16 instructions", cost)
 
 
 def _compiler() -> Check:
@@ -79,7 +81,7 @@ def _memory() -> Check:
     total, free = psutil.virtual_memory().total / 1e9, psutil.virtual_memory().available / 1e9
     found = f"{total:.0f} GB, {free:.0f} GB available"
     if free < 4:
-        return Check("memory", "stop", found, "the demo needs 4 GB available: close something")
+        return Check("memory", "stop", found, "the demo needs 4 GB available, 8 GB without bfloat16: close something")
     return Check(
         "memory", "ok" if free >= 8 else "lack", found, "" if free >= 8 else "training may swap: 8 GB are better"
     )

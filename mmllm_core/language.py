@@ -52,7 +52,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 @cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for it (AVX-512 and later, or Arm's)."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -62,7 +62,7 @@ def compute_dtype(dtype: Dtype, device: "torch.device | str") -> Dtype:
 
     There PyTorch multiplies bfloat16 matrices one number at a time, some 40 times slower than float32 ones.
     """
-    if dtype == "bfloat16" and torch.device(device).type == "cpu" and not _multiplies_bfloat16():
+    if dtype == "bfloat16" and torch.device(device).type == "cpu" and not multiplies_bfloat16():
         return "float32"
     return dtype
 

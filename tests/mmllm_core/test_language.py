@@ -7,9 +7,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mmllm_core import language
 from mmllm_core.config import LanguageConfig, LoraConfig, PathSource
 from mmllm_core.errors import ConfigError, WeightsError
-from mmllm_core.language import add_adapter, load_adapter, load_language_model, load_tokenizer, stop_token_ids, unfreeze
+from mmllm_core.language import (
+    add_adapter,
+    compute_dtype,
+    load_adapter,
+    load_language_model,
+    load_tokenizer,
+    stop_token_ids,
+    unfreeze,
+)
 from tests.conftest import MakeTokenizer, TinyLM
 
 FAMILIES = ["llama", "phi3", "phi"]
@@ -52,7 +61,8 @@ def test_nf4_quantizes_every_linear_of_a_block_and_keeps_the_head(folder: Path) 
     weights = [m.weight for m in lm.model.layers.modules() if isinstance(m, torch.nn.Linear)]
     assert weights
     assert {getattr(weight, "quant_type", None) for weight in weights} == {"nf4"}
-    assert {weight.dtype for weight in weights} == {torch.bfloat16}, "ZeRO shards no other storage"
+    computed = getattr(torch, compute_dtype("bfloat16", "cpu"))
+    assert {weight.dtype for weight in weights} == {computed}, "ZeRO shards no integers"
     assert type(lm.lm_head) is torch.nn.Linear
 
 
@@ -117,7 +127,7 @@ def test_an_unfrozen_lm_learns_in_the_dtype_that_it_has(folder: Path) -> None:
     loss_of(lm).backward()
     optimizer.step()
     for name, parameter in lm.named_parameters():
-        assert parameter.dtype == torch.bfloat16
+        assert parameter.dtype == getattr(torch, compute_dtype("bfloat16", "cpu"))
         assert not torch.equal(parameter, before[name]), name
 
 
@@ -229,3 +239,18 @@ def test_tied_embeddings_are_not_missing(quantization: str, tiny_lm: TinyLM, tmp
     tiny_lm("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "lm")
     lm = load_language_model(config(tmp_path / "lm", quantization, "bfloat16"), tmp_path / "lm")
     assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("able", [True, False])
+def test_a_cpu_without_bfloat16_instructions_computes_in_float32(
+    able: bool, quantization: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "multiplies_bfloat16", lambda: able)
+    settings = config(folder, quantization, "bfloat16")
+    adapted: Any = add_adapter(load_language_model(settings, folder), LoraConfig(rank=4))
+    loss = loss_of(adapted)
+    loss.backward()
+    assert adapted(torch.tensor([[1, 2]])).logits.dtype == (torch.bfloat16 if able else torch.float32)
+    assert [compute_dtype(dtype, "cpu") for dtype in ("float32", "float16")] == ["float32", "float16"]  # type: ignore[arg-type]
+    assert compute_dtype("bfloat16", "cuda") == "bfloat16"
