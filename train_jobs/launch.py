@@ -195,7 +195,7 @@ def worker_device() -> str:
 
 def _root_cause(error: BaseException) -> str:
     failures = getattr(error, "worker_failures", None) or {}
-    cause: BaseException = next(iter(failures.values()), error)
+    cause: BaseException = next(iter(failures.values()), getattr(error, "controller_failure", None) or error)
     while True:
         # Ray's wrappers come first: one that carries an MmllmError passes for an instance of it.
         deeper = getattr(cause, "cause", None) or (None if isinstance(cause, MmllmError) else cause.__cause__)

@@ -85,6 +85,7 @@ class _Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.log = MetricsLog(config.folder / LOG) if self.rank == 0 else None
         self.device = worker_device()
+        self.uploaded_from: Path | None = None  # where the last checkpoint lies until it is uploaded
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.origins.language)
         self.questions = HeldOutQuestions(self.recipe.evaluation_questions, self.recipe.seed)
         vision = self.profile.vision
@@ -158,7 +159,7 @@ class _Worker:
             seconds = time.monotonic() - began
             ema = done.loss if state.step == 0 else _SMOOTHING * state.loss_ema + (1 - _SMOOTHING) * done.loss
             state = RunState(state.step + 1, ema, state.before, state.seconds + seconds)
-            memory, look = self._worst(engine.device, time.monotonic() - looked > _LOOK_AROUND)
+            memory, look, uploading = self._worst(engine.device, time.monotonic() - looked > _LOOK_AROUND)
             self._say_step(state, done, rates, seconds, memory, work)
             due = state.step % recipe.checkpoint.every_steps == 0 or state.step == recipe.steps
             if look:
@@ -167,11 +168,13 @@ class _Worker:
                     saved_for, due = notice.preempted_node_ids, True
                     self._say(event="preemption", step=state.step, nodes=notice.preempted_node_ids)
             if due:
-                self._save(engine, manifest, state, wait=state.step == recipe.steps or saved_for is not None)
+                ends = state.step == recipe.steps or saved_for is not None
+                self._save(engine, manifest, state, wait=ends or uploading)
         return state
 
     def _save(self, engine: Any, manifest: set[str], state: RunState, *, wait: bool) -> None:
-        """Write a checkpoint, and have Ray upload it while training goes on, unless it is to wait."""
+        """Write a checkpoint, and have Ray upload it while training goes on, unless it is to wait: checkpoints must not
+        pile up where storage is slower than they come."""
         folder = Path(tempfile.mkdtemp(prefix="mmllm-checkpoint-")) if self.rank == 0 else None
         try:
             save_checkpoint(engine, manifest, folder, state)
@@ -186,6 +189,7 @@ class _Worker:
             checkpoint_upload_mode=mode.SYNC if wait else mode.ASYNC,
             delete_local_checkpoint_after_upload=True,
         )
+        self.uploaded_from = folder
         self._say(event="checkpoint", step=state.step)
 
     def _ask(self, model: "MultimodalLM") -> list[str]:
@@ -205,16 +209,18 @@ class _Worker:
         load_weights(model, trained.weights)
         return model
 
-    def _worst(self, device: Any, look: bool) -> tuple[float, bool]:
-        """Over all workers: the most memory taken in GB, and whether any wants to look for a notice."""
+    def _worst(self, device: Any, look: bool) -> tuple[float, bool, bool]:
+        """Over all workers: the most memory taken in GB, whether any wants to look for a notice, and whether the last
+        checkpoint is still being uploaded."""
         import torch
         import torch.distributed as dist
 
         from train_jobs.throughput import memory_gb
 
-        values = torch.tensor([memory_gb(device), float(look)], device=device)
+        uploading = self.uploaded_from is not None and self.uploaded_from.exists()
+        values = torch.tensor([memory_gb(device), float(look), float(uploading)], device=device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return round(float(values[0]), 3), bool(values[1])
+        return round(float(values[0]), 3), bool(values[1]), bool(values[2])
 
     def _say_step(
         self,

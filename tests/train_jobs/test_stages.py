@@ -140,7 +140,8 @@ def test_a_missing_image_is_named_with_its_sample_and_checkpoints_stay(
     recipe = tiny_recipe(
         "missing",
         data={"sources": [{"dataset": "llava", "file": str(file), "images": str(tiny_home)}]},
-        steps=200,
+        steps=60,
+        checkpoint={"every_steps": 10},
     )
     log = runs_folder() / "missing" / LOG
 
@@ -158,7 +159,7 @@ def test_a_missing_image_is_named_with_its_sample_and_checkpoints_stay(
     Image.new("RGB", (32, 32), (60, 0, 0)).save(tiny_home / "image-3.png")
     run = train(recipe)  # which goes on
     assert [line["event"] for line in read_metrics(log) if line.get("event") == "resumed"] == ["resumed"]
-    assert len(losses(run)) == 200
+    assert len(losses(run)) == 60
 
 
 def test_a_place_for_checkpoints_that_cannot_be_written_ends_a_run_before_it_starts(
