@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from cluster.local import local_ray
 from mmllm_core.config import Recipe
-from mmllm_core.errors import ConfigError, TrainingError
+from mmllm_core.errors import ConfigError, EnvironmentLack, TrainingError
 from mmllm_core.models.home import home
 from tests.train_jobs.conftest import TinyRecipe
 from train_jobs.origins import starting_profile
@@ -118,20 +118,18 @@ def test_a_notice_of_preemption_makes_a_checkpoint_at_once(
     assert [event["step"] for event in events(run, "checkpoint")] == [notice["step"], 200]
 
 
-@pytest.mark.usefixtures("own_ray")
 def test_a_run_takes_the_workers_that_there_are(tiny_recipe: TinyRecipe) -> None:
     """With the same conversations, and so nearly the same losses."""
-
-    @ray.remote(num_cpus=1)
-    class Neighbour:
-        def ready(self) -> None: ...
-
-    neighbour = Neighbour.remote()
-    ray.get(neighbour.ready.remote())
-    settings = {"learning_rates": {"connector": 1e-4, "lm": 1e-4}}
-    alone = train(tiny_recipe("elastic", workers=2, min_workers=1, **settings))
-    ray.kill(neighbour)
-    both = train(tiny_recipe("inelastic", workers=2, **settings))
+    settings = {"learning_rates": {"connector": 1e-4, "lm": 1e-4}, "workers": 2}
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with pytest.raises(EnvironmentLack, match="2 workers of 1 CPUs do not fit the 1 CPUs"):
+            train(tiny_recipe("too-many", **settings))
+        alone = train(tiny_recipe("elastic", min_workers=1, **settings))
+    finally:
+        ray.shutdown()
+    with local_ray():
+        both = train(tiny_recipe("both", **settings))
     for run, workers in ((alone, 1), (both, 2)):
         assert [line["workers"] for line in read_metrics(run.folder / LOG) if "workers" in line] == [workers]
     assert losses(alone) == pytest.approx(losses(both), rel=5e-3)
