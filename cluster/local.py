@@ -6,7 +6,6 @@ Every deployment asks for its modality's resource, so the local node offers some
 import logging
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, NoReturn
@@ -45,6 +44,8 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
     """
     import ray
 
+    from train_jobs.accelerators import usable_cores
+
     address = os.environ.get("RAY_ADDRESS")
     common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if address:
@@ -52,7 +53,7 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
     else:
         # Two CPUs at least: two workers then share the one core of a small machine, slowly.
         ray.init(
-            num_cpus=max(2, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 2),
+            num_cpus=max(2, usable_cores()),
             resources=dict.fromkeys(MODALITIES, 8.0),
             include_dashboard=False,
             **common,

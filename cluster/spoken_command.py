@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.evaluate_command import require_writable
+from cluster.local import Verbose, local_ray
 from mmllm_core.evaluation.speech_synthesis import SpeakerName
 
 if TYPE_CHECKING:
@@ -29,10 +30,9 @@ def evaluate_spoken(
     workers: Annotated[int, typer.Option(min=1)] = 2,
     seed: Annotated[int, typer.Option(help="Of the questions, and of how each is spoken.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Write the numbers and every question to this JSON file.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Ask a bundle held-out questions typed and spoken, and say what hearing costs."""
-    from cluster.local import local_ray
     from mmllm_core.bundle import Bundle
     from mmllm_core.evaluation.speech_synthesis import require_speaker
     from train_jobs.evaluate_spoken import SpokenOptions

@@ -28,6 +28,9 @@ def train(
     gpus_per_worker: Annotated[
         float | None, typer.Option(min=0, help="GPUs of each worker; 1 where there are enough, if not given.")
     ] = None,
+    discard: Annotated[
+        bool, typer.Option("--discard", help="Remove what an interrupted run of this name has left.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train what RECIPE says; an equal run that was interrupted goes on from its last checkpoint."""
@@ -53,7 +56,7 @@ def train(
         if isinstance(loaded, ClipRecipe):
             console.print(train_clip(loaded))
         else:
-            _print(train_lm(loaded))
+            _print(train_lm(loaded, discard=discard))
 
 
 def _print(run: Any) -> None:

@@ -4,6 +4,8 @@ In: a name to plan for, or a torch device. Out: an `Accelerator`, or a peak in f
 not know models.
 """
 
+import os
+import sys
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -129,6 +131,11 @@ def sheet_flops(device_name: str, dtype: Dtype) -> float | None:
         if all(word.lower() in words for word in sheet.device_name):
             return (sheet.float32 if dtype == "float32" else sheet.bfloat16) * 1e12
     return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine has where a container limits them."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @cache

@@ -25,10 +25,9 @@ from mmllm_core.data.image_keys import ImageKeys
 from mmllm_core.data.mixture import image_paths
 from mmllm_core.errors import ImageError, TrainingError
 from mmllm_core.models.home import features_folder, image_keys
-from mmllm_core.models.profile import load_profile
-from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import ClipEncoder, content_key
 from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
+from train_jobs.origins import starting_profile, starting_vision
 from train_jobs.progress import progress_bar
 from train_jobs.recipe import load_training_recipe
 
@@ -186,19 +185,20 @@ class _Embedder:
 
 
 def embed_recipe(recipe: Recipe, options: EmbedOptions = EmbedOptions()) -> Embedded:
-    """Embed the images that a recipe aligns, trains and is evaluated on, with its profile's CLIP.
+    """Embed the images that a recipe aligns, trains and is evaluated on, with the CLIP that it starts from.
 
     Raises:
         TrainingError, FeatureStoreError: as `embed_images`.
         DataError: a file that the recipe names cannot be read.
     """
-    vision = load_profile(recipe.profile).vision
+    profile = starting_profile(recipe)
+    weights = starting_vision(recipe, profile)
     paths = list(image_paths(recipe.data))
     splits: dict[easy_vqa.Split, int] = {"train": recipe.word_alignment_steps, "test": recipe.evaluation_questions}
     for split, wanted in splits.items():
         if wanted:
             paths += [image.image for image in easy_vqa.load_split(easy_vqa.fetch(), split)]
-    return embed_images(dict.fromkeys(paths), vision, resolve(vision.source), options)
+    return embed_images(dict.fromkeys(paths), profile.vision, weights, options)
 
 
 def main() -> None:

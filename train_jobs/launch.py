@@ -28,7 +28,7 @@ class Workers:
     least: int | None = None
     """Go on with as few where `count` are not to be had (Ray Train's elastic scaling); exactly `count` if not given."""
     gpus: float | None = None
-    """Of each; 1 where Ray has as many as workers, else 0, if not given."""
+    """Of each; 1 where Ray has enough for the least number of workers, else 0, if not given."""
     cpus: int = 1
     """Cores of each that has no GPU."""
     max_restarts: int = 0
@@ -54,21 +54,19 @@ def run_workers(
     name: str,
     workers: Workers,
     kept: Kept,
-    resume: bool = False,
 ) -> Result:
     """Run `worker(config)` on Ray Train workers and return the run's result.
 
     Args:
         config: picklable, given to every worker.
-        resume: let workers find the last checkpoint of a run of this name in `ray.train.get_checkpoint`; otherwise
-            that run's checkpoints are removed first.
+        name: where a run of this name has left checkpoints, workers find the last in `ray.train.get_checkpoint`.
 
     Raises:
         TrainingError: a worker failed; the message is the cause's own.
         EnvironmentLack: the cluster is too small, or the storage cannot be written to.
     """
     gc.collect()  # a Ray Data job that failed before holds its actors' CPUs until Python collects them
-    gpus = workers.gpus if workers.gpus is not None else float(has_gpus(workers.count))
+    gpus = workers.gpus if workers.gpus is not None else float(has_gpus(workers.least or workers.count))
     _require_room(name, workers, gpus)
     filesystem, folder = open_storage(kept.storage)
     trainer = TorchTrainer(
@@ -90,8 +88,6 @@ def run_workers(
             ),
         ),
     )
-    if not resume:
-        remove_run(kept.storage, name)  # Ray would otherwise resume the run of that name
     with readable_errors(name):
         return trainer.fit()
 
@@ -131,6 +127,25 @@ def remove_run(storage: str, name: str) -> None:
     filesystem, folder = open_storage(storage)
     with suppress(FileNotFoundError):
         filesystem.delete_dir(f"{folder}/{name}")
+
+
+def write_beside_checkpoints(storage: str, name: str, file: str, text: str) -> None:
+    """Keep a small file where a run's checkpoints are."""
+    filesystem, folder = open_storage(storage)
+    filesystem.create_dir(f"{folder}/{name}", recursive=True)
+    with filesystem.open_output_stream(f"{folder}/{name}/{file}") as stream:
+        stream.write(text.encode())
+
+
+def read_beside_checkpoints(storage: str, name: str, file: str) -> str:
+    """What `write_beside_checkpoints` kept.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    filesystem, folder = open_storage(storage)
+    with filesystem.open_input_stream(f"{folder}/{name}/{file}") as stream:
+        return bytes(stream.read()).decode()
 
 
 def has_checkpoints(storage: str, name: str) -> bool:

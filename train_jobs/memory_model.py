@@ -14,6 +14,7 @@ from typing import Literal
 
 from mmllm_core.config import Quantization
 from train_jobs.model_shape import ModelShape
+from train_jobs.zero import reduce_bucket
 
 ZeroStage = Literal[0, 1, 2, 3]
 ZERO_STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
@@ -274,11 +275,10 @@ def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> flo
 
 
 def bucket_bytes(model: ModelShape) -> float:
-    """Bytes of DeepSpeed's reduce bucket, which has room for the gradients of all that is trained
-    (`train_jobs.zero`)."""
-    return float(model.dtype_bytes * model.n_trainable)
+    """Bytes of DeepSpeed's reduce bucket."""
+    return float(model.dtype_bytes * reduce_bucket(model.n_trainable))
 
 
 def checkpoint_bytes(model: ModelShape) -> float:
-    """Bytes of what a bundle holds of a run: the connector in float32, and what else was trained in bfloat16."""
-    return _FP32 * model.n_connector + _BF16 * (model.n_trained_lm + model.n_trained_tower)
+    """Bytes of a checkpoint: weights and both moments of what is trained, in float32 (`train_jobs.checkpoint`)."""
+    return 3.0 * _FP32 * model.n_trainable

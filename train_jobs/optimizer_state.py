@@ -28,11 +28,12 @@ class TrainedState:
     """Optimizer steps that the moments have seen."""
 
 
-def gather(engine: Any, *, keep: bool) -> TrainedState | None:
+def gather(engine: Any, *, keep: bool, moments: bool = True) -> TrainedState | None:
     """Collect the state, parameter by parameter.
 
     Args:
         keep: whether this worker wants it; the others take part and get None.
+        moments: whether Adam's are wanted too, or the weights alone.
 
     Raises:
         TrainingError: before the first optimizer step, when there are no moments yet.
@@ -42,24 +43,25 @@ def gather(engine: Any, *, keep: bool) -> TrainedState | None:
     steps = _adam_steps(engine)
     _link_moments(engine)
     weights: dict[str, Tensor] = {}
-    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+    wanted = MOMENTS if moments else ()
+    by_moment: dict[str, dict[str, Tensor]] = {moment: {} for moment in wanted}
     plain = _unsharded(engine)
     for name, parameter in _trained(engine):
         if plain is not None:
             master = plain[parameter]
-            found = [master, *(_inner(engine).state[master][moment] for moment in MOMENTS)]
+            found = [master, *(_inner(engine).state[master][moment] for moment in wanted)]
         else:
             found = [
                 safe_get_full_fp32_param(parameter),
-                *(safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS),
+                *(safe_get_full_optimizer_state(parameter, moment) for moment in wanted),
             ]
         if keep:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             whole = [tensor.detach().float().reshape(shape).cpu().clone() for tensor in found]
             weights[name] = whole[0]
-            for moment, tensor in zip(MOMENTS, whole[1:], strict=True):
-                moments[moment][name] = tensor
-    return TrainedState(weights, moments, steps) if keep else None
+            for moment, tensor in zip(wanted, whole[1:], strict=True):
+                by_moment[moment][name] = tensor
+    return TrainedState(weights, by_moment, steps) if keep else None
 
 
 def scatter(engine: Any, state: TrainedState) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmllm_core.bundle import Bundle, bundles_folder
-from mmllm_core.config import LoraConfig, Profile, Recipe
+from mmllm_core.config import Profile, Recipe
 from mmllm_core.errors import ConfigError
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
@@ -18,8 +18,6 @@ from mmllm_core.vision import ClipEncoder
 if TYPE_CHECKING:
     from mmllm_core.connectors import Connector
     from mmllm_core.model import MultimodalLM
-
-_ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def find_origins(recipe: Recipe, profile: Profile) -> Origins:
         ConfigError: the bundle has an adapter of another shape than the recipe would train.
     """
     if recipe.from_bundle is None:
-        vision = resolve(profile.vision.source)
+        vision = starting_vision(recipe, profile)
         encoder = ClipEncoder(profile.vision, vision)
         language = resolve(profile.language.source)
         return Origins(language, vision, encoder.fingerprint, encoder.d_vision, encoder.n_patches)
@@ -67,6 +65,18 @@ def find_origins(recipe: Recipe, profile: Profile) -> Origins:
     if origins.adapter and "lm" in recipe.trained:
         _require_equal_adapter(origins.adapter, recipe)
     return origins
+
+
+def starting_vision(recipe: Recipe, profile: Profile) -> Path:
+    """CLIP's folder: the profile's, or that of the bundle which the run goes on from.
+
+    Raises:
+        WeightsError: weights that the profile names cannot be had.
+        BundleError: there is no such bundle, or it is damaged.
+    """
+    if recipe.from_bundle is None:
+        return resolve(profile.vision.source)
+    return Bundle.open(bundles_folder() / recipe.from_bundle).weights(profile.vision.source)
 
 
 def starting_profile(recipe: Recipe) -> Profile:
@@ -148,10 +158,14 @@ def _require_equal_adapter(folder: Path, recipe: Recipe) -> None:
             f"from_bundle: '{recipe.from_bundle}' has an adapter, which is trained further: give the recipe 'lora'"
         )
     found: Any = PeftConfig.from_pretrained(str(folder))
-    there = LoraConfig(rank=found.r, alpha=found.lora_alpha)
-    wanted = LoraConfig(rank=recipe.lora.rank, alpha=recipe.lora.alpha)
-    if there != wanted:
-        raise ConfigError(
-            f"from_bundle: the adapter of '{recipe.from_bundle}' has rank {there.rank} and alpha {there.alpha}, and "
-            f"the recipe's lora {wanted.rank} and {wanted.alpha}: make them equal"
-        )
+    there = {"rank": found.r, "alpha": found.lora_alpha, "dropout": found.lora_dropout}
+    wanted = recipe.lora.model_dump(include=set(there))
+    if recipe.lora.target_modules is not None:
+        there["target_modules"] = sorted(found.target_modules)
+        wanted["target_modules"] = sorted(recipe.lora.target_modules)
+    for key, value in there.items():
+        if value != wanted[key]:
+            raise ConfigError(
+                f"from_bundle: the adapter of '{recipe.from_bundle}' has {key} {value}, and the recipe's lora "
+                f"{wanted[key]}: make them equal"
+            )

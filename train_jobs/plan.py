@@ -5,7 +5,6 @@ is `train_jobs.memory_model`'s. Word alignment and evaluation, which take second
 """
 
 import math
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from mmllm_core.errors import ConfigError
 from mmllm_core.language import compute_dtype
 from mmllm_core.loss import FLOATS_AT_ONCE, LOGITS_AT_ONCE
 from mmllm_core.models.profile import load_profile
-from train_jobs.accelerators import CPU, Accelerator, accelerator
+from train_jobs.accelerators import CPU, Accelerator, accelerator, usable_cores
 from train_jobs.batch_estimate import BatchEstimate, estimate_batches
 from train_jobs.memory_model import (
     ZERO_STAGES,
@@ -119,7 +118,7 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> float:
-        """Of the connector and the adapter on disk."""
+        """Of a checkpoint on disk."""
         return checkpoint_bytes(self.model)
 
 
@@ -226,7 +225,7 @@ class _Planner:
             check_recipe(parse_config(Recipe, values, "zero"), self.profile)
         except ConfigError as error:
             return str(error)
-        cores = max(2, os.cpu_count() or 1)  # as `cluster.local` tells Ray
+        cores = max(2, usable_cores())  # as `cluster.local` tells Ray
         if not self.accelerator.is_gpu and self.workers > cores:
             return f"{self.workers} workers do not fit the {cores} CPUs of this machine"
         free = (1 - HEAD_ROOM) * self.accelerator.memory

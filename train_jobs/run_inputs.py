@@ -1,7 +1,7 @@
 """What a run was started with, kept in its folder: so that it goes on with the same, or not at all.
 
     recipe.yaml     the recipe as it is run, for people and reports
-    inputs.json     the same, and the profile, data hashes and CLIP that it met
+    inputs.json     the same, and the profile, data hashes and CLIP that it met; a copy lies beside the checkpoints
 
 Does not know how the run goes.
 """
@@ -14,9 +14,10 @@ from pydantic import Field
 
 from mmllm_core.config import Profile, Recipe, StrictModel, apply_overrides, parse_config
 from mmllm_core.errors import ConfigError, TrainingError
+from train_jobs.launch import read_beside_checkpoints
 from train_jobs.run_record import RECIPE
 
-_INPUTS = "inputs.json"
+INPUTS = "inputs.json"
 _HOW = frozenset(
     {
         "workers",
@@ -76,17 +77,23 @@ class RunInputs(StrictModel):
         apply_overrides(values, changes)
         return parse_config(Recipe, values, f"run '{self.recipe.name}'")
 
-    def require_unchanged(self, profile: Profile, fingerprint: str, data: dict[str, str]) -> None:
+    def require_unchanged(self, now: "RunInputs") -> None:
         """Hold what is there now against what the run was started with.
 
         Raises:
             TrainingError: something differs; the message says what.
         """
-        changed = [f"data source '{label}'" for label in sorted(data) if self.data.get(label) != data[label]]
-        if fingerprint != self.fingerprint:
+        changed = [
+            f"data source '{label}'"
+            for label in sorted(self.data.keys() | now.data.keys())
+            if self.data.get(label) != now.data.get(label)
+        ]
+        if now.start != self.start:
+            changed.insert(0, f"bundle '{self.recipe.from_bundle}'")
+        if now.fingerprint != self.fingerprint:
             changed.insert(0, "CLIP (its weights or which layer is taken)")
-        if profile != self.profile:
-            changed.insert(0, f"profile '{profile.name}'")
+        if now.profile != self.profile:
+            changed.insert(0, f"profile '{self.profile.name}'")
         if changed:
             raise TrainingError(
                 f"--resume {self.recipe.name}: {changed[0]} changed since the run began: bring it back, or start "
@@ -94,19 +101,28 @@ class RunInputs(StrictModel):
             )
 
 
-def read_inputs(folder: Path) -> RunInputs | None:
-    """What a run was started with; None where no run was, or one of another mmllm."""
-    path = folder / _INPUTS
-    try:
-        return RunInputs.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def read_inputs(folder: Path, storage: str | None = None) -> RunInputs | None:
+    """What a run was started with; None where no run was, or one of another mmllm.
+
+    Args:
+        folder: the run's; it is called as the run.
+        storage: where the run's checkpoints are, which have a copy, should the folder be lost.
+    """
+    for read in (
+        lambda: (folder / INPUTS).read_text(encoding="utf-8"),
+        lambda: read_beside_checkpoints(storage, folder.name, INPUTS) if storage else "",
+    ):
+        try:
+            return RunInputs.model_validate_json(read())
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def write_inputs(folder: Path, inputs: RunInputs) -> None:
-    """Record what a run is started with."""
+    """Record what a run is started with in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(
         yaml.safe_dump(inputs.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
     )
-    (folder / _INPUTS).write_text(inputs.model_dump_json(indent=2), encoding="utf-8")
+    (folder / INPUTS).write_text(inputs.model_dump_json(indent=2), encoding="utf-8")

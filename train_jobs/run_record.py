@@ -118,6 +118,11 @@ def read_run(run: str | Path) -> RunRecord:
     )
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether a run made its bundle."""
+    return (folder / INFO).is_file()
+
+
 def record_info(folder: Path, info: BundleInfo) -> None:
     """Keep what a bundle says of its run beside the log: the bundle may be replaced, moved or removed."""
     (folder / INFO).write_text(info.model_dump_json(indent=2), encoding="utf-8")

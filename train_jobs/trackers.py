@@ -13,6 +13,7 @@ resumed run goes on in the same place and gives no step twice.
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import time
@@ -123,7 +124,11 @@ def open_tracker(
     if not run.resumed and kind == "tensorboard":
         shutil.rmtree(run.folder, ignore_errors=True)  # it shows all event files of a folder as one run
     run.folder.mkdir(parents=True, exist_ok=True)
-    backend = _BACKENDS[kind](run)
+    try:
+        backend = _BACKENDS[kind](run)
+    except Exception as error:  # whatever a client of another's making raises
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise EnvironmentLack(f"tracker: {kind} cannot be opened: {said}: mend that, or set 'tracker: none'") from error
     tracker = Tracker(backend, state, kind, last_step)
     tracker._remember()
     failed = True
@@ -131,7 +136,10 @@ def open_tracker(
         yield tracker
         failed = False
     finally:
-        backend.close(failed)
+        try:
+            backend.close(failed)
+        except Exception as error:  # the run has ended by now, however it did
+            logging.getLogger(__name__).warning("tracker %s: not closed: %s", kind, error)
 
 
 def require_tracker(kind: str) -> None:

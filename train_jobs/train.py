@@ -28,12 +28,20 @@ from mmllm_core.models.home import features_folder, home
 from mmllm_core.vision import file_sha256
 from train_jobs.deepspeed_ops import build_ops, worker_environment
 from train_jobs.held_out import HeldOutQuestions
-from train_jobs.launch import Kept, Workers, has_checkpoints, has_gpus, run_workers
+from train_jobs.launch import (
+    Kept,
+    Workers,
+    has_checkpoints,
+    has_gpus,
+    remove_run,
+    run_workers,
+    write_beside_checkpoints,
+)
 from train_jobs.origins import Origins, find_origins, starting_profile
 from train_jobs.progress import console, following, read_metrics, step_lines
 from train_jobs.report import write_report
-from train_jobs.run_inputs import RunInputs, read_inputs, write_inputs
-from train_jobs.run_record import LOG, read_run, runs_folder
+from train_jobs.run_inputs import INPUTS, RunInputs, read_inputs, write_inputs
+from train_jobs.run_record import LOG, has_ended, read_run, runs_folder
 from train_jobs.stop_notice import clear_notice, read_notice
 from train_jobs.stored_features import StoredFeatures
 from train_jobs.trackers import open_tracker, require_tracker
@@ -57,12 +65,15 @@ class TrainedRun:
         return self.folder / "report.html"
 
 
-def train(recipe: Recipe) -> TrainedRun:
+def train(recipe: Recipe, *, discard: bool = False) -> TrainedRun:
     """Train one stage; go on with an equal run that was interrupted, or reuse the bundle of one that ended.
+
+    Args:
+        discard: remove what an interrupted run of this name has left, if that was started with something else.
 
     Raises:
         ConfigError: recipe and profile contradict each other, or the tracker is unknown.
-        TrainingError: a worker failed; the message is the cause's own.
+        TrainingError: a worker failed; the message is the cause's own. Or another run of this name was interrupted.
         EnvironmentLack: no compiler, no space, too few CPUs, a tracker that is not installed.
         WeightsError: weights that the profile names cannot be had.
         DataError: a file that the recipe names cannot be learned from.
@@ -70,28 +81,30 @@ def train(recipe: Recipe) -> TrainedRun:
     require_tracker(recipe.tracker)
     profile = starting_profile(recipe)
     check_recipe(recipe, profile)
-    folder = runs_folder() / recipe.name
+    folder, storage = runs_folder() / recipe.name, _storage(recipe)
     origins = find_origins(recipe, profile)
-    inputs = RunInputs(
-        recipe=recipe,
-        profile=profile,
-        fingerprint=origins.fingerprint,
-        data=data_hashes(recipe.data),
-        start=file_sha256(origins.bundle / "manifest.json") if origins.bundle else None,
-    )
-    recorded = read_inputs(folder)
+    inputs = _inputs(recipe, profile, origins)
+    recorded = read_inputs(folder, storage)
     equal = recorded is not None and recorded.gives_the_same_as(inputs)
     if equal and (finished := _finished_run(recipe)) is not None:
         return finished
-    storage = recipe.checkpoint.storage or str(home() / "ray")
-    goes_on = equal and has_checkpoints(storage, recipe.name)
-    gpu = has_gpus(recipe.workers) if recipe.gpus_per_worker is None else recipe.gpus_per_worker > 0
+    interrupted = has_checkpoints(storage, recipe.name) and not has_ended(folder)
+    goes_on = equal and interrupted
+    if interrupted and not (goes_on or discard):
+        raise TrainingError(
+            f"{recipe.name}: a run of this name was interrupted and left checkpoints in {storage}, and it was started "
+            f"with something else: go on with it by 'mmllm train --resume {recipe.name}', train under another name "
+            "('name=...'), or give --discard to remove them"
+        )
+    gpu = _uses_gpus(recipe)
     _require_data(recipe, profile, origins)
     if not gpu:
         build_ops()
     if not goes_on:
         shutil.rmtree(folder, ignore_errors=True)
+        remove_run(storage, recipe.name)
     write_inputs(folder, inputs)
+    write_beside_checkpoints(storage, recipe.name, INPUTS, inputs.model_dump_json(indent=2))
     clear_notice(folder)
     loop = LoopConfig(
         recipe=recipe.model_dump(mode="json"),
@@ -101,11 +114,23 @@ def train(recipe: Recipe) -> TrainedRun:
         folder=folder,
         environment=worker_environment(gpu),
     )
-    log = folder / LOG
     if goes_on:
         console.print(f"  going on with run '{recipe.name}' from its last checkpoint", highlight=False)
+    checkpoint = _run(recipe, loop, storage, resumed=goes_on)
+    from mmllm_core.language import compute_dtype  # which brings PyTorch
+
+    with checkpoint.as_directory() as place:
+        metrics, dtype = _metrics(recipe, folder), compute_dtype(profile.language.dtype, "cuda" if gpu else "cpu")
+        bundle = bundle_of(Path(place), RunOutcome(recipe, profile, origins, inputs.data, metrics, dtype))
+    write_report(folder, bundle.info)
+    return _read_run(bundle)
+
+
+def _run(recipe: Recipe, loop: LoopConfig, storage: str, *, resumed: bool) -> Any:
+    """Run the workers to their end; the last checkpoint."""
+    folder, log = loop.folder, loop.folder / LOG
     with (
-        open_tracker(recipe.tracker, recipe.name, folder, recipe.model_dump(mode="json"), resumed=goes_on) as tracker,
+        open_tracker(recipe.tracker, recipe.name, folder, recipe.model_dump(mode="json"), resumed=resumed) as tracker,
         following(log, recipe.steps, f"training {recipe.name}", tracker),
     ):
         try:
@@ -117,7 +142,6 @@ def train(recipe: Recipe) -> TrainedRun:
                     recipe.workers, recipe.min_workers, recipe.gpus_per_worker, max_restarts=recipe.max_restarts
                 ),
                 kept=Kept(storage, recipe.checkpoint.keep, "loss_ema"),
-                resume=goes_on,
             )
         except TrainingError as error:
             if (said := read_notice(folder)) is not None:
@@ -128,15 +152,29 @@ def train(recipe: Recipe) -> TrainedRun:
             raise
         if (said := read_notice(folder)) is not None:
             raise TrainingError(f"{recipe.name}: {said}")
-    from mmllm_core.language import compute_dtype  # which brings PyTorch
-
     if result.checkpoint is None:
         raise TrainingError(f"{recipe.name}: the run ended without a checkpoint")
-    with result.checkpoint.as_directory() as checkpoint:
-        metrics, dtype = _metrics(recipe, folder), compute_dtype(profile.language.dtype, "cuda" if gpu else "cpu")
-        bundle = bundle_of(Path(checkpoint), RunOutcome(recipe, profile, origins, inputs.data, metrics, dtype))
-    write_report(folder, bundle.info)
-    return _read_run(bundle)
+    return result.checkpoint
+
+
+def _storage(recipe: Recipe) -> str:
+    return recipe.checkpoint.storage or str(home() / "ray")
+
+
+def _uses_gpus(recipe: Recipe) -> bool:
+    if recipe.gpus_per_worker is None:
+        return has_gpus(recipe.min_workers or recipe.workers)
+    return recipe.gpus_per_worker > 0
+
+
+def _inputs(recipe: Recipe, profile: Profile, origins: Origins) -> RunInputs:
+    return RunInputs(
+        recipe=recipe,
+        profile=profile,
+        fingerprint=origins.fingerprint,
+        data=data_hashes(recipe.data),
+        start=file_sha256(origins.bundle / "manifest.json") if origins.bundle else None,
+    )
 
 
 def resume(name: str, changes: dict[str, Any] | None = None) -> TrainedRun:
@@ -157,8 +195,8 @@ def resume(name: str, changes: dict[str, Any] | None = None) -> TrainedRun:
     recipe = recorded.changed(changes or {})
     profile = starting_profile(recipe)
     origins = find_origins(recipe, profile)
-    recorded.require_unchanged(profile, origins.fingerprint, data_hashes(recipe.data))
-    storage = recipe.checkpoint.storage or str(home() / "ray")
+    recorded.require_unchanged(_inputs(recipe, profile, origins))
+    storage = _storage(recipe)
     if not has_checkpoints(storage, name) and _finished_run(recipe) is None:
         raise TrainingError(f"--resume {name}: it has no checkpoint yet in {storage}: start it again by its recipe")
     return train(recipe)
@@ -194,7 +232,9 @@ def _metrics(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _finished_run(recipe: Recipe) -> TrainedRun | None:
-    """The run that made the bundle of this name, if that was made by an equal recipe."""
+    """The run that made the bundle of this name, if that was made by an equal recipe and no other run began since."""
+    if not has_ended(runs_folder() / recipe.name):
+        return None
     try:
         bundle = Bundle.open(bundles_folder() / recipe.name)
         made_by = Recipe.model_validate(bundle.info.recipe)

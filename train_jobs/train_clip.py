@@ -26,7 +26,7 @@ from mmllm_core.errors import TrainingError
 from mmllm_core.models.home import home
 from mmllm_core.models.resolve import trained_folder
 from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS
-from train_jobs.launch import Kept, Workers, run_workers, worker_device
+from train_jobs.launch import Kept, Workers, remove_run, run_workers, worker_device
 from train_jobs.progress import MetricsLog, Stopwatch, following
 from train_jobs.recipe import load_recipe
 from train_jobs.schedule import rate_share
@@ -50,6 +50,7 @@ def train_clip(recipe: ClipRecipe) -> Path:
     data = easy_vqa.fetch()
     log = home() / "runs" / recipe.name / "metrics.jsonl"
     log.unlink(missing_ok=True)
+    remove_run(str(home() / "ray"), recipe.name)  # it would be gone on with
     config = {"recipe": recipe.model_dump(mode="json"), "data": str(data), "log": str(log)}
     with following(log, recipe.steps, "training CLIP"):
         result = run_workers(

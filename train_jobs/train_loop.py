@@ -4,6 +4,8 @@ In: a `LoopConfig`. Out: checkpoints, reported to Ray; lines in the metrics log,
 started again goes on from the last checkpoint as if nothing had been. Does not know bundles, plots or trackers.
 """
 
+import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -30,12 +32,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from mmllm_core.model import MultimodalLM
+    from mmllm_core.vision import ClipEncoder
     from train_jobs.optimizer_state import TrainedState
+    from train_jobs.real_time_images import RealTimeImages
     from train_jobs.throughput import ModelWork
     from train_jobs.training_step import StepResult
 
 _SMOOTHING = 0.95
 """Of the loss's exponential moving average: about twenty steps' memory."""
+_NOTHING_LEARNED = 1e9
+"""What the loss is taken for where every step so far was left out; Ray keeps no infinities."""
 _LOOK_AROUND = 1.0
 """Seconds between two looks for a preemption notice, for which workers wait for each other."""
 
@@ -71,31 +77,52 @@ def train_loop(values: dict[str, Any]) -> None:
         raise
 
 
+def _smoothed(state: RunState, loss: float) -> float:
+    """The loss's moving average; a step that left everything out does not count."""
+    if not math.isfinite(loss):
+        return state.loss_ema
+    return _SMOOTHING * state.loss_ema + (1 - _SMOOTHING) * loss if state.loss_ema else loss
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no other numbers."""
+    return value if math.isfinite(value) else None
+
+
 class _Worker:
     """One worker's part in a run."""
 
     def __init__(self, config: LoopConfig):
         from mmllm_core.language import load_tokenizer
-        from mmllm_core.vision import ClipEncoder
-        from train_jobs.real_time_images import RealTimeImages
 
         self.config = config
         self.recipe, self.profile = Recipe.model_validate(config.recipe), Profile.model_validate(config.profile)
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.log = MetricsLog(config.folder / LOG) if self.rank == 0 else None
+        # A worker that was killed could not remove what it had not uploaded yet.
+        self.scratch = f"mmllm-{hashlib.sha256(str(config.folder).encode()).hexdigest()[:16]}-"
+        if self.rank == 0:
+            for left in Path(tempfile.gettempdir()).glob(f"{self.scratch}*"):
+                shutil.rmtree(left, ignore_errors=True)
         self.device = worker_device()
         self.uploaded_from: Path | None = None  # where the last checkpoint lies until it is uploaded
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.origins.language)
         self.questions = HeldOutQuestions(self.recipe.evaluation_questions, self.recipe.seed)
-        vision = self.profile.vision
         self.encoder: ClipEncoder | None = None
         self.images: StoredFeatures | RealTimeImages
         if self.recipe.features == "real_time":
-            self.encoder = ClipEncoder(vision, config.origins.vision, self.device)
-            self.images = RealTimeImages(self.encoder, vision.max_pixels)
+            self._see_in_real_time()
         else:
-            self.images = StoredFeatures(config.features, config.origins.fingerprint, vision.max_pixels)
+            max_pixels = self.profile.vision.max_pixels
+            self.images = StoredFeatures(config.features, config.origins.fingerprint, max_pixels)
+
+    def _see_in_real_time(self) -> None:
+        from mmllm_core.vision import ClipEncoder
+        from train_jobs.real_time_images import RealTimeImages
+
+        self.encoder = ClipEncoder(self.profile.vision, self.config.origins.vision, self.device)
+        self.images = RealTimeImages(self.encoder, self.profile.vision.max_pixels)
 
     def train(self) -> None:
         """All of it."""
@@ -157,7 +184,7 @@ class _Worker:
             seed_step(recipe.seed, state.step, self.rank)
             done = training_step(engine, next(batches), step=state.step + 1, on_non_finite=recipe.on_non_finite)
             seconds = time.monotonic() - began
-            ema = done.loss if state.step == 0 else _SMOOTHING * state.loss_ema + (1 - _SMOOTHING) * done.loss
+            ema = _smoothed(state, done.loss)
             state = RunState(state.step + 1, ema, state.before, state.seconds + seconds)
             memory, look, uploading = self._worst(engine.device, time.monotonic() - looked > _LOOK_AROUND)
             self._say_step(state, done, rates, seconds, memory, work)
@@ -175,7 +202,7 @@ class _Worker:
     def _save(self, engine: Any, manifest: set[str], state: RunState, *, wait: bool) -> None:
         """Write a checkpoint, and have Ray upload it while training goes on, unless it is to wait: checkpoints must not
         pile up where storage is slower than they come."""
-        folder = Path(tempfile.mkdtemp(prefix="mmllm-checkpoint-")) if self.rank == 0 else None
+        folder = Path(tempfile.mkdtemp(prefix=self.scratch)) if self.rank == 0 else None
         try:
             save_checkpoint(engine, manifest, folder, state)
         except MmllmError:
@@ -184,7 +211,7 @@ class _Worker:
             raise
         mode = ray.train.CheckpointUploadMode
         ray.train.report(
-            {"step": state.step, "loss_ema": state.loss_ema},
+            {"step": state.step, "loss_ema": state.loss_ema or _NOTHING_LEARNED},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
             checkpoint_upload_mode=mode.SYNC if wait else mode.ASYNC,
             delete_local_checkpoint_after_upload=True,
@@ -202,9 +229,11 @@ class _Worker:
         if engine.zero_optimization_stage() < 3 or not self.questions.questions:
             model: MultimodalLM = engine.module
             return model
-        trained = gather(engine, keep=True)
+        trained = gather(engine, keep=True, moments=False)
         assert trained is not None
         engine.destroy()
+        if self.encoder is not None:  # its tower is sharded too
+            self._see_in_real_time()
         model = self._build()
         load_weights(model, trained.weights)
         return model
@@ -242,9 +271,9 @@ class _Worker:
         peak = peak_flops(self.device, compute_dtype(self.profile.language.dtype, self.device))
         self._say(
             step=state.step,
-            loss=done.loss,
+            loss=_finite(done.loss),
             loss_ema=state.loss_ema,
-            grad_norm=done.grad_norm,
+            grad_norm=_finite(done.grad_norm),
             **{f"lr_{part}": rate for part, rate in rates.items()},
             tokens=done.tokens,
             supervised=done.supervised,

@@ -47,10 +47,11 @@ def training_step(
     scales its sum so that what comes out is the gradient of the mean over the step's supervised tokens, however many
     workers and micro-batches share them.
 
-    A micro-batch that is left out adds nothing to the gradient, which is not scaled up for it.
+    A micro-batch that is left out adds nothing to the gradient, which is not scaled up for it. A step whose gradients
+    are not finite is left out whole.
 
     Raises:
-        TrainingError: a loss is not finite, and `on_non_finite` says stop; the message names the samples.
+        TrainingError: a loss or a gradient is not finite, and `on_non_finite` says stop; the message names the samples.
     """
     import torch
     import torch.distributed as dist
@@ -80,7 +81,7 @@ def training_step(
         anywhere = broken.float()
         dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
         if anywhere.item():
-            ids = _broken_samples(batch if broken.item() else None, world)
+            ids = _of_all_workers(batch.ids if broken.item() else (), world)
             if on_non_finite == "stop":
                 raise TrainingError(
                     f"step {step}: the loss is not finite in a batch of {', '.join(ids[:8])}: lower the learning "
@@ -92,13 +93,20 @@ def training_step(
             loss = _forward(engine, blank_batch().to(device) if broken.item() else batch)
         total += loss.detach()
         engine.backward(loss * (world / supervised), scale_wrt_gas=False)
-    engine.step()
+    norm = _step(engine)
     dist.all_reduce(total)
     dist.all_reduce(unlearned)
-    norm = engine.get_global_grad_norm()
+    if not math.isfinite(norm):
+        ids = _of_all_workers([id for batch in batches for id in batch.ids], world)
+        if on_non_finite == "stop":
+            raise TrainingError(
+                f"step {step}: gradients are not finite, of {', '.join(ids[:8])}: lower the learning rates, look at "
+                "these samples, or set 'on_non_finite: skip'"
+            )
+        skipped += [id for id in ids if id not in skipped]
     return StepResult(
         loss=float(total) / (supervised - int(unlearned)) if unlearned < supervised else math.nan,
-        grad_norm=float(norm) if norm is not None else math.nan,
+        grad_norm=norm,
         tokens=tokens,
         supervised=supervised,
         samples=samples,
@@ -111,10 +119,26 @@ def _forward(engine: Any, batch: Batch) -> Any:
     return engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.position_ids, batch.pixels)
 
 
-def _broken_samples(batch: Batch | None, world: int) -> list[str]:
-    """Ids of the samples whose micro-batches have no finite loss, of all workers."""
+def _step(engine: Any) -> float:
+    """Move the parameters, unless gradients are not finite; the norm of all gradients before clipping."""
+    import torch
+
+    if engine.zero_optimization_stage() == 0 and not engine.bfloat16_enabled():  # there DeepSpeed looks at nothing
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            engine.step()
+        else:
+            engine.zero_grad()
+        return norm
+    engine.step()
+    return float(engine.get_global_grad_norm())
+
+
+def _of_all_workers(ids: Sequence[str], world: int) -> list[str]:
+    """Ids of samples, put together."""
     import torch.distributed as dist
 
-    ids: list[Any] = [None] * world
-    dist.all_gather_object(ids, batch.ids if batch is not None else ())
-    return [id for of_worker in ids for id in of_worker]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, list(ids))
+    return [id for of_worker in found for id in of_worker]

@@ -43,15 +43,20 @@ def initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
     return engine
 
 
+def reduce_bucket(n_trained: int) -> int:
+    """Gradients that are exchanged at once: all, for DeepSpeed makes room for its own 500 million even where a LoRA
+    adapter has a few million; but no more than those."""
+    return min(max(n_trained, 1024), 500_000_000)
+
+
 def zero_config(recipe: Recipe, n_trained: int) -> dict[str, Any]:
     """DeepSpeed's `zero_optimization` section.
 
     Args:
-        n_trained: trained parameters. Gradients are exchanged in buckets of at most this many: DeepSpeed's own 500
-            million would take a gigabyte where a LoRA adapter has a few million.
+        n_trained: trained parameters.
     """
     zero = recipe.zero
-    values: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": max(n_trained, 1024)}
+    values: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": reduce_bucket(n_trained)}
     if zero.offload_optimizer:
         values["offload_optimizer"] = {"device": "cpu"}
     if zero.offload_parameters:

@@ -1,8 +1,9 @@
 """Recipes: how a CLIP model or the multimodal LM is trained."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mmllm_core.config.data import ChatData, DataConfig
 from mmllm_core.config.profile import LoraConfig, Name, Profile
@@ -82,6 +83,11 @@ class CheckpointConfig(StrictModel):
     storage: str | None = None
     """A folder that all workers see, or a URL (`s3://`, `gs://`, or any of fsspec's); under MMLLM_HOME if not given."""
 
+    @field_validator("storage")
+    @classmethod
+    def _not_of_this_folder(cls, storage: str | None) -> str | None:
+        return storage if storage is None or "://" in storage else str(Path(storage).expanduser().absolute())
+
 
 class Recipe(StrictModel):
     """One training stage of the multimodal LM.
@@ -134,6 +140,12 @@ class Recipe(StrictModel):
     evaluation_questions: int = Field(default=300, ge=0)
     """Held-out questions asked before and after training; 0 asks none."""
     seed: int = 0
+
+    @field_validator("profile")
+    @classmethod
+    def _not_of_this_folder(cls, profile: str) -> str:
+        is_file = profile.endswith((".yaml", ".yml"))
+        return str(Path(profile).expanduser().absolute()) if is_file else profile
 
     @property
     def trained(self) -> tuple[Part, ...]:

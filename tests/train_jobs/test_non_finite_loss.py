@@ -1,6 +1,7 @@
 """A loss that is not finite: the run stops, or goes on without the micro-batch; either way the samples are named."""
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ class Case:
     """What is trained on, and how a loss that is not finite is met."""
 
     stage: int
-    sample: Literal["broken", "nothing to learn"]
+    sample: Literal["broken", "nothing to learn", "broken gradient"]
     on_non_finite: Literal["stop", "skip"]
 
     def file(self, folder: Path, rank: int) -> Path:
@@ -34,13 +35,16 @@ CASES = [Case(stage, "broken", "skip") for stage in (2, 3)] + [
     Case(stage, "nothing to learn", "skip") for stage in (2, 3)
 ]
 STOPPING = Case(2, "broken", "stop")
+GRADIENTS = [Case(stage, "broken gradient", "skip") for stage in (0, 2, 3)]
+STOPPING_GRADIENT = Case(2, "broken gradient", "stop")
+ALL = [*CASES, STOPPING, *GRADIENTS, STOPPING_GRADIENT]
 Results = dict[Case, list[list[Any]]]
 
 
 def samples_of(step: int, case: Case) -> list[Encoded]:
     """At step 1 the first sample of the second worker has an image of NaN, or nothing that is supervised."""
     samples = conversations(step)
-    if step == 1:
+    if step == 1 and case.sample != "broken gradient":
         sample = next(sample for s in range(9) for sample in conversations(s) if sample.images)
         if case.sample == "broken":
             images = tuple(np.full_like(image, np.nan) for image in sample.images)
@@ -52,7 +56,7 @@ def samples_of(step: int, case: Case) -> list[Encoded]:
 
 
 def work(rank: int, folder: Path) -> None:
-    for case in [*CASES, STOPPING]:
+    for case in ALL:
         case.file(folder, rank).write_text(json.dumps(train(rank, case)))
 
 
@@ -60,15 +64,20 @@ def train(rank: int, case: Case) -> list[Any]:
     """What each step gave; the error, if one ended it."""
     recipe = tiny_recipe({"stage": case.stage}, micro_batch=1)
     engine = initialise_deepspeed(tiny_model(recipe, torch.float32), recipe)
+    weight = engine.module.connector.last_layer.weight
     results: list[Any] = []
     for step in range(3):
         for group in engine.optimizer.param_groups:
             group["lr"] = 1e-2
         batches = micro_batches(samples_of(step, case)[rank::2], recipe.batching, recipe.micro_batch)
+        broken = case.sample == "broken gradient" and step == 1
+        hook = weight.register_hook(lambda gradient: gradient * math.nan) if broken else None
         try:
             done = training_step(engine, batches, step=step, on_non_finite=case.on_non_finite)
         except TrainingError as error:
             return [*results, str(error)]
+        if hook:
+            hook.remove()
         results.append([done.loss, done.grad_norm, list(done.skipped)])
     return results
 
@@ -78,7 +87,7 @@ def results(compiled_ops: dict[str, str], tmp_path_factory: pytest.TempPathFacto
     """Of each case and worker, what each step gave."""
     folder = tmp_path_factory.mktemp("results")
     in_workers(work, folder, world=2, environment=compiled_ops)
-    return {case: [json.loads(case.file(folder, rank).read_text()) for rank in range(2)] for case in [*CASES, STOPPING]}
+    return {case: [json.loads(case.file(folder, rank).read_text()) for rank in range(2)] for case in ALL}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -98,3 +107,19 @@ def test_a_run_stops_and_names_the_samples(results: Results) -> None:
         assert len(of_worker) == 2
         assert "step 1: the loss is not finite in a batch of no-numbers" in of_worker[1]
         assert "on_non_finite: skip" in of_worker[1]
+
+
+@pytest.mark.parametrize("case", GRADIENTS, ids=lambda case: f"stage {case.stage}")
+def test_a_step_without_finite_gradients_is_left_out(case: Case, results: Results) -> None:
+    first, second, third = results[case][0]
+    assert not math.isfinite(second[1])
+    assert set(second[2]) == {f"1-{i}" for i in range(6)}
+    assert third[2] == []
+    assert math.isfinite(third[0])
+    assert math.isfinite(third[1])
+
+
+def test_gradients_that_are_not_finite_stop_a_run(results: Results) -> None:
+    for of_worker in results[STOPPING_GRADIENT]:
+        assert len(of_worker) == 2
+        assert "step 1: gradients are not finite, of 1-" in of_worker[1]

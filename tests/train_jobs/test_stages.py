@@ -88,7 +88,7 @@ def test_an_aligned_connector_is_tuned_further(tiny_recipe: TinyRecipe) -> None:
     assert not equal(connector_of(tuned.bundle), connector_of(aligned.bundle))
     again = train(tiny_recipe("tuned-further", from_bundle="tuned", steps=2))
     assert losses(again)[0] < losses(tuned)[0]
-    with pytest.raises(ConfigError, match="has rank 4 and alpha 32"):
+    with pytest.raises(ConfigError, match="has rank 4, and the recipe's lora 8"):
         train(tiny_recipe("other-rank", from_bundle="tuned", lora={"rank": 8}))
 
 
