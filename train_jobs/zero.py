@@ -17,7 +17,8 @@ BETAS = (0.9, 0.99)
 def initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
     """Wrap a model; every worker does so at the same time.
 
-    Gradients of a step's micro-batches are added up in float32, so that how a step is cut changes rounding alone.
+    From stage 2 on, gradients of a step's micro-batches are added up in float32, so that how a step is cut changes
+    rounding alone; below that DeepSpeed adds them up in the dtype that the model computes with.
     """
     import deepspeed
     import torch
@@ -35,6 +36,7 @@ def initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
             "train_micro_batch_size_per_gpu": recipe.micro_batch,
             "gradient_clipping": recipe.max_grad_norm,
             "bf16": {"enabled": bf16},
+            "data_types": {"grad_accum_dtype": "fp32" if bf16 and recipe.zero.stage >= 2 else None},
             "zero_optimization": zero_config(recipe, n_trained),
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,

@@ -111,7 +111,7 @@ def test_a_run_stops_and_names_the_samples(results: Results) -> None:
 
 @pytest.mark.parametrize("case", GRADIENTS, ids=lambda case: f"stage {case.stage}")
 def test_a_step_without_finite_gradients_is_left_out(case: Case, results: Results) -> None:
-    first, second, third = results[case][0]
+    _, second, third = results[case][0]
     assert not math.isfinite(second[1])
     assert set(second[2]) == {f"1-{i}" for i in range(6)}
     assert third[2] == []
