@@ -5,7 +5,7 @@ PROFILE ?= embedded
 PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
 BIN     := $(VENV)/bin
 
-.PHONY: help install demo serve chat doctor test lint clean
+.PHONY: help install demo serve chat doctor test test-long lint clean
 help:
 	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
 	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
@@ -25,6 +25,9 @@ doctor: install
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -98,8 +98,8 @@ def memory(model: ModelShape, batch: BatchShape, setting: Setting) -> Memory:
 
     The states of training follow ZeRO (Rajbhandari et al., arXiv:1910.02054, section 5): with N workers, stage 1 keeps
     an N-th of the optimizer's state, stage 2 also of the gradients, stage 3 also of all parameters, frozen ones
-    included. DeepSpeed keeps, for each trainable parameter, 2 bytes in bfloat16, 2 of gradient (4 from stage 2 on, where
-    they are added up in float32), and 12 of float32 master copy and moments (section 3.1, K = 12). At stage 3 the
+    included. DeepSpeed keeps, for each trainable parameter, 2 bytes in bfloat16, 2 of gradient (4 from stage 2 on,
+    which adds them up in float32), and 12 of float32 master copy and moments (section 3.1, K = 12). At stage 3 the
     largest layer is gathered whole while it runs.
 
     ZeRO-Offload (Ren et al., arXiv:2101.06840, section 4) takes the optimizer's state out of a GPU's memory, and from

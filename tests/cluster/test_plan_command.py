@@ -39,7 +39,7 @@ def run(*arguments: str) -> str:
 
 def test_a_phi_recipe_is_planned_offline(phi: list[str]) -> None:
     output = run(*phi, "--gpu", "H100", "--gpus", "8")
-    assert "phi-instruct on 8 x H100: 3,871.7M parameters, 35.66M trained; a checkpoint takes 427.9 MB" in output
+    assert "phi-instruct on 8 x H100: 3,871.7M parameters, 35.66M trained; a checkpoint takes 0.43 GB" in output
     for word in ("frozen weights", "activations", "optimizer", "ZeRO-2", "1,000 steps", "at 30% of 8 x 989.4 TFLOP/s"):
         assert word in output
     assert "tokens: a bound" in output

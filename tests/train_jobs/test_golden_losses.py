@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 _USUAL_HOME = home()
-N_TESTED = 4
+N_TESTED = 2
 """Of the losses; `python -m tests.train_jobs.golden_losses --check` compares all, which takes a quarter of an hour."""
 
 

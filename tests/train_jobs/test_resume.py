@@ -33,7 +33,7 @@ from train_jobs.train import TrainedRun, resume, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-LONG = {"steps": 120, "workers": 2, "checkpoint": {"every_steps": 10}}
+LONG = {"steps": 60, "workers": 2, "checkpoint": {"every_steps": 10}}
 
 
 @pytest.fixture
@@ -95,6 +95,7 @@ def test_a_run_whose_worker_is_killed_ends_as_one_that_was_left_alone(tiny_recip
     assert same(weights(killed), weights(alone))
 
 
+@pytest.mark.long
 def test_a_notice_of_preemption_makes_a_checkpoint_at_once(
     tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_notice_of_preemption_makes_a_checkpoint_at_once(
     assert [event["step"] for event in events(run, "checkpoint")] == [notice["step"], 200]
 
 
+@pytest.mark.long
 def test_a_run_takes_the_workers_that_there_are(tiny_recipe: TinyRecipe) -> None:
     """With the same conversations, and so nearly the same losses."""
     settings = {"learning_rates": {"connector": 1e-4, "lm": 1e-4}, "workers": 2}
@@ -153,8 +155,9 @@ def interrupt(recipe: Recipe, step: int, arguments: list[str]) -> None:
             process.kill()
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_other_numbers_of_workers_after_its_driver_was_killed(tiny_recipe: TinyRecipe) -> None:
-    settings = LONG | {"steps": 60, "learning_rates": {"connector": 1e-4, "lm": 1e-4}}
+    settings = LONG | {"learning_rates": {"connector": 1e-4, "lm": 1e-4}}
     recipe = tiny_recipe("moved", **settings)
     interrupt(recipe, 10, [])
     interrupt(recipe, 30, ["--resume", "moved", "--workers", "1"])

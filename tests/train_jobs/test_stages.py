@@ -127,6 +127,7 @@ def test_all_of_an_lm_and_of_clips_tower_are_trained_and_bundled(tiny_recipe: Ti
     assert len(moved) > len(untrained) // 2
 
 
+@pytest.mark.long
 def test_a_missing_image_is_named_with_its_sample_and_checkpoints_stay(
     tiny_recipe: TinyRecipe, tiny_home: Path
 ) -> None:
@@ -183,6 +184,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.long
 def test_storage_that_is_full_is_a_named_error_and_keeps_the_last_checkpoint(
     tiny_recipe: TinyRecipe, small_disk: Path
 ) -> None:
@@ -196,6 +198,7 @@ def test_storage_that_is_full_is_a_named_error_and_keeps_the_last_checkpoint(
     assert len(losses(train(recipe))) == 6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("storage", ["local", "s3"])
 def test_checkpoints_go_to_any_filesystem(
     storage: str, tiny_recipe: TinyRecipe, tmp_path: Path, request: pytest.FixtureRequest
