@@ -170,6 +170,7 @@ def _fill_the_disk(rank: int, folder: Path) -> None:
     engine = initialise_deepspeed(model, recipe)
     for name in ("first", "second"):
         (folder / name).mkdir()
+    training_step(engine, micro_batches(conversations(0), recipe.batching, recipe.micro_batch), step=0)
     save_checkpoint(engine, manifest, folder / "first", RunState(1, 0.0))
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
