@@ -36,7 +36,7 @@ def first_losses(name: str, count: int = N_LOSSES) -> list[float]:
 
     build_ops()
     with tempfile.TemporaryDirectory() as place:
-        torch.multiprocessing.spawn(_train, (name, place, str(home())), nprocs=1)
+        torch.multiprocessing.spawn(_train, (name, count, place, str(home())), nprocs=1)
         found: list[float] = json.loads((Path(place) / "losses.json").read_text())
     return found
 
