@@ -1,7 +1,8 @@
 """Speed of our training against plainer loops of the same model on the same conversations, side by side.
 
-`hf`       `mmllm train`'s loop on as many workers as there are cores, with stored features, against Hugging Face's
-           `Trainer` and peft in one process on all cores, which runs CLIP as it goes (`hf_trainer_loop`)
+`hf`       `mmllm train`'s loop on as many workers as there are cores, with stored features and conversations grouped by
+           length, against Hugging Face's `Trainer` and peft in one process on all cores, which runs CLIP as it goes
+           (`hf_trainer_loop`); the LM is loaded alike for both, and so computed in the same dtype
 `bare`     Ray Train and DeepSpeed with one worker, against a loop in PyTorch alone; one thread each
 `workers`  two workers against one, each on a core of its own
 
@@ -45,16 +46,16 @@ def pinned(workers: int, steps: int) -> list[Step]:
     return ray_train_steps(Setup.of(steps, workers=workers), pinned_train_loop)
 
 
-def hf_trainer(steps: int, micro_batch: int) -> list[Step]:
+def hf_trainer(steps: int) -> list[Step]:
     """Steps of the Hugging Face loop."""
     from tests.bench.hf_trainer_loop import hf_trainer_steps
 
-    return hf_trainer_steps(Setup.of(steps, micro_batch=micro_batch))
+    return hf_trainer_steps(Setup.of(steps))
 
 
 LOOPS: dict[str, Callable[[int], list[Step]]] = {
     "mmllm train": lambda steps: ours(CORES, steps, batching={"grouping": "length"}),
-    "Trainer and peft": lambda steps: hf_trainer(steps, 4),
+    "Trainer and peft": hf_trainer,
     "Ray Train and DeepSpeed": lambda steps: ours(1, steps),
     "PyTorch alone": lambda steps: bare_steps(Setup.of(steps)),
     "two workers": lambda steps: pinned(2, steps),
