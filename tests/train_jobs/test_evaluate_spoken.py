@@ -1,5 +1,6 @@
 """Questions spoken, heard by the real Whisper and answered by a tiny model, in a Ray Data worker."""
 
+import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
 from mmllm_core.config import PathSource
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.data import easy_vqa
-from mmllm_core.errors import EnvironmentLack, TrainingError
+from mmllm_core.errors import EnvironmentLack
 from mmllm_core.evaluation.speech_synthesis import PIPER_VOICE, SpeakerName, build_speaker, can_speak
 from mmllm_core.evaluation.wer import SPELLINGS
 from mmllm_core.models.home import home
@@ -97,18 +98,24 @@ def test_questions_are_heard_and_answered_in_every_form(speaker: SpeakerName, bu
     voice = build_speaker(speaker)
     heard = [transcriber.transcribe(decode_audio(voice.speak(q.question, q.id), audio.max_seconds)).text for q in asked]
     voice.close()
-    assert [h.heard for h in report.hearings] == heard
+    # Whisper samples where its likeliest words make no sense, and then hears differently in another process.
+    alike = [
+        difflib.SequenceMatcher(None, h.heard, again).ratio() for h, again in zip(report.hearings, heard, strict=True)
+    ]
+    assert min(alike) > 0.6
+    assert alike.count(1.0) >= len(alike) / 2
     assert any(heard), "somebody speaks"
     assert report.word_errors.words == sum(len(q.question.split()) for q in asked)
 
 
-def test_missing_features_are_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_features_that_are_not_stored_are_computed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     if not can_speak(SpeakerName.PIPER):
         pytest.skip("piper is not installed: pip install '.[speech-eval]'")
+    stored = evaluate_spoken(bundle, SpokenOptions(2, workers=1))
     monkeypatch.setenv("MMLLM_FEATURES", str(tmp_path))
-    with pytest.raises(TrainingError, match="mmllm embed") as caught:
-        evaluate_spoken(bundle, SpokenOptions(2, workers=1))
-    assert "\n" not in str(caught.value)
+    assert evaluate_spoken(bundle, SpokenOptions(2, workers=1)) == stored
 
 
 def test_a_speaker_that_is_not_installed_is_told_before_any_work(
