@@ -1,12 +1,12 @@
 """Questions spoken, heard by the real Whisper and answered by a tiny model, in a Ray Data worker."""
 
-import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.local import local_ray, quieten
 from mmllm_core.audio import Transcriber, decode_audio
@@ -93,17 +93,17 @@ def test_questions_are_heard_and_answered_in_every_form(speaker: SpeakerName, bu
     assert [h.typed for h in report.hearings] == list(typed.answers)
     assert [h.recognised for h in report.hearings] == list(typed.answers), "speech is rendered like typed text"
 
-    audio = bundle.profile.audio
-    transcriber = Transcriber(audio, bundle.weights(audio.source), threads=1)
-    voice = build_speaker(speaker)
-    heard = [transcriber.transcribe(decode_audio(voice.speak(q.question, q.id), audio.max_seconds)).text for q in asked]
-    voice.close()
-    # Whisper samples where its likeliest words make no sense, and then hears differently in another process.
-    alike = [
-        difflib.SequenceMatcher(None, h.heard, again).ratio() for h, again in zip(report.hearings, heard, strict=True)
-    ]
-    assert min(alike) > 0.6
-    assert alike.count(1.0) >= len(alike) / 2
+    @ray.remote(num_cpus=1)  # Ray then gives NumPy one thread, as it gives the worker: sums of several round otherwise
+    def hear() -> list[str]:
+        audio = bundle.profile.audio
+        transcriber = Transcriber(audio, bundle.weights(audio.source), threads=1)
+        voice = build_speaker(speaker)
+        clips = [decode_audio(voice.speak(q.question, q.id), audio.max_seconds) for q in asked]
+        voice.close()
+        return [transcriber.transcribe(clip).text for clip in clips]
+
+    heard = ray.get(hear.remote())
+    assert [h.heard for h in report.hearings] == heard
     assert any(heard), "somebody speaks"
     assert report.word_errors.words == sum(len(q.question.split()) for q in asked)
 
