@@ -10,7 +10,8 @@ help:
 	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
 	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
 	@echo "make doctor    what this machine has, and what each lack costs"
-	@echo "make test      run the tests        make lint   ruff and mypy        make clean   remove the environment"
+	@echo "make test      run the tests (make test-long: those of minutes each)"
+	@echo "make lint      ruff and mypy        make clean   remove the environment"
 
 install: $(VENV)/.installed
 

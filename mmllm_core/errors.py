@@ -80,3 +80,8 @@ class ConversationError(BadInput):
     """A conversation that cannot be rendered: bad turn order, too long, nothing to learn from."""
 
     code = "invalid_conversation"
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another's making says, for a message of ours; its kind where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from mmllm_core.errors import EnvironmentLack, MmllmError, TrainingError
+from mmllm_core.errors import EnvironmentLack, MmllmError, TrainingError, first_line
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run_workers(
         EnvironmentLack: the cluster is too small, or the storage cannot be written to.
     """
     gc.collect()  # a Ray Data job that failed before holds its actors' CPUs until Python collects them
-    gpus = workers.gpus if workers.gpus is not None else float(has_gpus(workers.least or workers.count))
+    gpus = gpus_of_each(workers)
     _require_room(name, workers, gpus)
     filesystem, folder = open_storage(kept.storage)
     trainer = TorchTrainer(
@@ -92,8 +93,9 @@ def run_workers(
         return trainer.fit()
 
 
+@cache
 def open_storage(storage: str) -> tuple[Any, str]:
-    """A pyarrow filesystem and the path in it; proven writable.
+    """A pyarrow filesystem and the path in it; proven writable, once in a process.
 
     Raises:
         EnvironmentLack: it cannot be written to; the message names it.
@@ -115,7 +117,7 @@ def open_storage(storage: str) -> tuple[Any, str]:
             stream.write(b"")
         filesystem.delete_file(probe)
     except (OSError, ValueError, ImportError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = first_line(error)
         raise EnvironmentLack(
             f"checkpoint.storage: {storage} cannot be written to: {said}: give another place, or the rights to it"
         ) from error
@@ -168,6 +170,11 @@ def readable_errors(name: str) -> Iterator[None]:
         yield
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise TrainingError(f"{name}: {_root_cause(error)}") from error
+
+
+def gpus_of_each(workers: Workers) -> float:
+    """GPUs that each worker gets."""
+    return workers.gpus if workers.gpus is not None else float(has_gpus(workers.least or workers.count))
 
 
 def has_gpus(workers: int) -> bool:

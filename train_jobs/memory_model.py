@@ -22,7 +22,7 @@ Attention = Literal["eager", "sdpa"]
 
 ACCOUNTED = frozenset({"llama", "phi3", "phi"})
 """By `model_type`: LMs whose layers the arithmetic was held against. Others are counted as Llama's."""
-_BF16, _FP32 = 2, 4
+_FP32 = 4
 
 
 @dataclass(frozen=True)

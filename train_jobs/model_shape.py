@@ -17,7 +17,7 @@ from mmllm_core.config import (
     Quantization,
     Recipe,
 )
-from mmllm_core.errors import ConfigError, WeightsError
+from mmllm_core.errors import ConfigError, WeightsError, first_line
 from mmllm_core.models.resolve import resolve
 from train_jobs.kept_bytes import kept_bytes
 from train_jobs.throughput import ModelWork
@@ -210,8 +210,8 @@ def read_lm_config(profile: Profile, file: Path | None = None) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{folder}: not the config.json of a model that transformers knows: {reason}") from error
+        said = first_line(error)
+        raise ConfigError(f"{folder}: not the config.json of a model that transformers knows: {said}") from error
 
 
 def _adapter_shape(lora: LoraConfig, lm_config: Any, linear: "dict[str, nn.Linear]") -> AdapterShape:

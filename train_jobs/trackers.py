@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol, get_args
 
 from mmllm_core.config import Tracker as TrackerKind
-from mmllm_core.errors import ConfigError, EnvironmentLack
+from mmllm_core.errors import ConfigError, EnvironmentLack, first_line
 
 PROJECT = "mmllm"
 """What runs are gathered under, where a tracker gathers them."""
@@ -127,8 +127,9 @@ def open_tracker(
     try:
         backend = _BACKENDS[kind](run)
     except Exception as error:  # whatever a client of another's making raises
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EnvironmentLack(f"tracker: {kind} cannot be opened: {said}: mend that, or set 'tracker: none'") from error
+        raise EnvironmentLack(
+            f"tracker: {kind} cannot be opened: {first_line(error)}: mend that, or set 'tracker: none'"
+        ) from error
     tracker = Tracker(backend, state, kind, last_step)
     tracker._remember()
     failed = True

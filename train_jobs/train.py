@@ -31,8 +31,8 @@ from train_jobs.held_out import HeldOutQuestions
 from train_jobs.launch import (
     Kept,
     Workers,
+    gpus_of_each,
     has_checkpoints,
-    has_gpus,
     remove_run,
     run_workers,
     write_beside_checkpoints,
@@ -78,13 +78,34 @@ def train(recipe: Recipe, *, discard: bool = False) -> TrainedRun:
         WeightsError: weights that the profile names cannot be had.
         DataError: a file that the recipe names cannot be learned from.
     """
+    inputs, origins = _prepare(recipe)
+    return _train(inputs, origins, read_inputs(runs_folder() / recipe.name, _storage(recipe)), discard=discard)
+
+
+def _prepare(recipe: Recipe) -> tuple[RunInputs, Origins]:
+    """Check a recipe, and find what its run starts with."""
     require_tracker(recipe.tracker)
     profile = starting_profile(recipe)
     check_recipe(recipe, profile)
-    folder, storage = runs_folder() / recipe.name, _storage(recipe)
     origins = find_origins(recipe, profile)
-    inputs = _inputs(recipe, profile, origins)
-    recorded = read_inputs(folder, storage)
+    inputs = RunInputs(
+        recipe=recipe,
+        profile=profile,
+        fingerprint=origins.fingerprint,
+        data=data_hashes(recipe.data),
+        start=file_sha256(origins.bundle / "manifest.json") if origins.bundle else None,
+    )
+    return inputs, origins
+
+
+def _train(inputs: RunInputs, origins: Origins, recorded: RunInputs | None, *, discard: bool) -> TrainedRun:
+    """Train, go on or reuse.
+
+    Args:
+        recorded: what the run of this name was started with, if there is one.
+    """
+    recipe, profile = inputs.recipe, inputs.profile
+    folder, storage = runs_folder() / recipe.name, _storage(recipe)
     equal = recorded is not None and recorded.gives_the_same_as(inputs)
     if equal and (finished := _finished_run(recipe)) is not None:
         return finished
@@ -96,7 +117,8 @@ def train(recipe: Recipe, *, discard: bool = False) -> TrainedRun:
             f"with something else: go on with it by 'mmllm train --resume {recipe.name}', train under another name "
             "('name=...'), or give --discard to remove them"
         )
-    gpu = _uses_gpus(recipe)
+    workers = Workers(recipe.workers, recipe.min_workers, recipe.gpus_per_worker, max_restarts=recipe.max_restarts)
+    gpu = gpus_of_each(workers) > 0
     _require_data(recipe, profile, origins)
     if not gpu:
         build_ops()
@@ -116,7 +138,7 @@ def train(recipe: Recipe, *, discard: bool = False) -> TrainedRun:
     )
     if goes_on:
         console.print(f"  going on with run '{recipe.name}' from its last checkpoint", highlight=False)
-    checkpoint = _run(recipe, loop, storage, resumed=goes_on)
+    checkpoint = _run(recipe, loop, workers, resumed=goes_on)
     from mmllm_core.language import compute_dtype  # which brings PyTorch
 
     with checkpoint.as_directory() as place:
@@ -126,9 +148,9 @@ def train(recipe: Recipe, *, discard: bool = False) -> TrainedRun:
     return _read_run(bundle)
 
 
-def _run(recipe: Recipe, loop: LoopConfig, storage: str, *, resumed: bool) -> Any:
+def _run(recipe: Recipe, loop: LoopConfig, workers: Workers, *, resumed: bool) -> Any:
     """Run the workers to their end; the last checkpoint."""
-    folder, log = loop.folder, loop.folder / LOG
+    folder, log, storage = loop.folder, loop.folder / LOG, _storage(recipe)
     with (
         open_tracker(recipe.tracker, recipe.name, folder, recipe.model_dump(mode="json"), resumed=resumed) as tracker,
         following(log, recipe.steps, f"training {recipe.name}", tracker),
@@ -138,9 +160,7 @@ def _run(recipe: Recipe, loop: LoopConfig, storage: str, *, resumed: bool) -> An
                 train_loop,
                 vars(loop),
                 name=recipe.name,
-                workers=Workers(
-                    recipe.workers, recipe.min_workers, recipe.gpus_per_worker, max_restarts=recipe.max_restarts
-                ),
+                workers=workers,
                 kept=Kept(storage, recipe.checkpoint.keep, "loss_ema"),
             )
         except TrainingError as error:
@@ -161,22 +181,6 @@ def _storage(recipe: Recipe) -> str:
     return recipe.checkpoint.storage or str(home() / "ray")
 
 
-def _uses_gpus(recipe: Recipe) -> bool:
-    if recipe.gpus_per_worker is None:
-        return has_gpus(recipe.min_workers or recipe.workers)
-    return recipe.gpus_per_worker > 0
-
-
-def _inputs(recipe: Recipe, profile: Profile, origins: Origins) -> RunInputs:
-    return RunInputs(
-        recipe=recipe,
-        profile=profile,
-        fingerprint=origins.fingerprint,
-        data=data_hashes(recipe.data),
-        start=file_sha256(origins.bundle / "manifest.json") if origins.bundle else None,
-    )
-
-
 def resume(name: str, changes: dict[str, Any] | None = None) -> TrainedRun:
     """Go on with an interrupted run by its name.
 
@@ -193,13 +197,12 @@ def resume(name: str, changes: dict[str, Any] | None = None) -> TrainedRun:
         there = ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{LOG}"))) or "none yet"
         raise TrainingError(f"--resume {name}: no such run; runs of this machine: {there}")
     recipe = recorded.changed(changes or {})
-    profile = starting_profile(recipe)
-    origins = find_origins(recipe, profile)
-    recorded.require_unchanged(_inputs(recipe, profile, origins))
+    inputs, origins = _prepare(recipe)
+    recorded.require_unchanged(inputs)
     storage = _storage(recipe)
     if not has_checkpoints(storage, name) and _finished_run(recipe) is None:
         raise TrainingError(f"--resume {name}: it has no checkpoint yet in {storage}: start it again by its recipe")
-    return train(recipe)
+    return _train(inputs, origins, recorded, discard=False)
 
 
 def _require_data(recipe: Recipe, profile: Profile, origins: Origins) -> None:
@@ -219,8 +222,8 @@ def _require_data(recipe: Recipe, profile: Profile, origins: Origins) -> None:
 def _metrics(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """What a bundle says of how its run went."""
     record = read_run(folder)
-    last = step_lines(read_metrics(folder / LOG))[-1]
-    metrics: dict[str, Any] = {"loss": last["loss"], "loss_ema": last["loss_ema"], "seconds": last["seconds"]}
+    lines = step_lines(read_metrics(folder / LOG))  # none where a run that was through had lost its folder
+    metrics: dict[str, Any] = {key: lines[-1][key] for key in ("loss", "loss_ema", "seconds")} if lines else {}
     if record.answers:
         questions = HeldOutQuestions(recipe.evaluation_questions, recipe.seed).questions
         metrics["accuracy"] = {

@@ -80,8 +80,10 @@ def train_loop(values: dict[str, Any]) -> None:
 def _smoothed(state: RunState, loss: float) -> float:
     """The loss's moving average, without the bias towards its beginning (as Adam's moments: arXiv:1412.6980, section
     3); a step that left everything out does not count."""
-    if not math.isfinite(loss) or not state.loss_ema:
-        return loss if math.isfinite(loss) else state.loss_ema
+    if not math.isfinite(loss):
+        return state.loss_ema
+    if not state.loss_ema:  # nothing was learned yet
+        return loss
     weight = (1 - _SMOOTHING) / (1 - _SMOOTHING ** (state.step + 1))
     return state.loss_ema + weight * (loss - state.loss_ema)
 

@@ -11,12 +11,13 @@ from mmllm_core.models.home import home
 _PACKAGED = Path(__file__).parent.parent / "data" / "packaged"
 
 
-def _absolute(path: Path) -> Path:
+def absolute(path: Path) -> Path:
+    """As `AbsolutePath` is."""
     root = {"$MMLLM_HOME": home(), "$MMLLM_DATA": _PACKAGED}.get(path.parts[0] if path.parts else "")
     return root.joinpath(*path.parts[1:]) if root else path.expanduser().absolute()
 
 
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute)]
 """Workers of a cluster may run in other folders than the command did; a leading `$MMLLM_HOME` is the home folder,
 and a leading `$MMLLM_DATA` the folder of the files that come with mmllm."""
 

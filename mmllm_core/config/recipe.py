@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mmllm_core.config.data import ChatData, DataConfig
+from mmllm_core.config.data import ChatData, DataConfig, absolute
 from mmllm_core.config.profile import LoraConfig, Name, Profile
 from mmllm_core.config.reading import StrictModel
 from mmllm_core.errors import ConfigError
@@ -86,7 +86,7 @@ class CheckpointConfig(StrictModel):
     @field_validator("storage")
     @classmethod
     def _not_of_this_folder(cls, storage: str | None) -> str | None:
-        return storage if storage is None or "://" in storage else str(Path(storage).expanduser().absolute())
+        return storage if storage is None or "://" in storage else str(absolute(Path(storage)))
 
 
 class Recipe(StrictModel):
@@ -144,8 +144,7 @@ class Recipe(StrictModel):
     @field_validator("profile")
     @classmethod
     def _not_of_this_folder(cls, profile: str) -> str:
-        is_file = profile.endswith((".yaml", ".yml"))
-        return str(Path(profile).expanduser().absolute()) if is_file else profile
+        return str(absolute(Path(profile))) if profile.endswith((".yaml", ".yml")) else profile
 
     @property
     def trained(self) -> tuple[Part, ...]:

@@ -30,8 +30,9 @@ from rich.table import Table
 
 from cluster.local import quieten
 from tests.bench.training_loops import Setup, Step, bare_steps, pinned_train_loop, prepare, ray_train_steps
+from train_jobs.accelerators import usable_cores
 
-CORES = len(os.sched_getaffinity(0))
+CORES = usable_cores()
 WARM_UP = 3
 """Steps of each process that are not counted."""
 

@@ -1,6 +1,7 @@
 """Every stage from recipe to bundle, over Ray, with tiny models: what is trained moves, and nothing else does."""
 
 import json
+import shutil
 import subprocess
 import threading
 import time
@@ -206,9 +207,14 @@ def test_checkpoints_go_to_any_filesystem(
     url = f"local://{tmp_path}"
     if storage == "s3":  # Ray was started without the credentials that the fixture puts into the environment
         url = request.getfixturevalue("s3_url").replace("s3://", "s3://test:test@")
-    checkpoint = {"every_steps": 2, "storage": url, "keep": 2}
-    run = train(tiny_recipe(f"on-{storage}", checkpoint=checkpoint))
+    recipe = tiny_recipe(f"on-{storage}", checkpoint={"every_steps": 2, "storage": url, "keep": 2})
+    run = train(recipe)
     filesystem, folder = open_storage(url)
     found = filesystem.get_file_info(FileSelector(f"{folder}/on-{storage}", recursive=True))
     assert sum(info.base_name == "weights.safetensors" for info in found) == 2
     assert len(losses(run)) == 6
+    made = connector_of(run.bundle)
+    shutil.rmtree(run.folder)  # what lies beside the checkpoints tells what the run was
+    again = train(recipe)
+    assert losses(again) == [], "it was through"
+    assert equal(connector_of(again.bundle), made)
