@@ -16,6 +16,7 @@ from mmllm_core.connectors.cross_attention import last_image
 from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from mmllm_core.errors import ConfigError
 from mmllm_core.loss import summed_cross_entropy
+from mmllm_core.packed_attention import IMPLEMENTATION, Packing, attend_packed
 from mmllm_core.vision_tower import VisionTower
 
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -42,6 +43,7 @@ class MultimodalLM(nn.Module):
         self.connector = connector
         trained = vision is not None and any(p.requires_grad for p in vision.parameters())
         self.vision = vision if trained else None
+        self._plain_attention = self.causal_lm.config._attn_implementation
         self._frozen_vision = () if vision is None or trained else (vision,)  # a tuple's contents are not registered
         config = self.causal_lm.config
         if rescaled := [name for name in _AFTER_THE_HEAD if getattr(config, name, None) not in (None, 1, 1.0)]:
@@ -104,18 +106,19 @@ class MultimodalLM(nn.Module):
         with torch.no_grad():
             return self._frozen_vision[0](pixels).half().float().contiguous()
 
-    def media(self, input_ids: Tensor, features: Tensor | None, position_ids: Tensor | None = None) -> Media | None:
+    def media(self, input_ids: Tensor, features: Tensor | None, packing: Packing | None = None) -> Media | None:
         """What the LM's layers look at; None for connectors that place all of an image in the prompt.
 
         Args:
             input_ids, features: as for `embed`.
-            position_ids: int64 (b, t) of packed conversations, each of which counts from 0 and sees its own images.
+            packing: of conversations in one line, each of which sees its own images.
         """
         if not isinstance(self.connector, CrossAttentionConnector):
             return None
         if features is None:
             return None
-        return Media(self.connector(features), last_image(input_ids == IMAGE_TOKEN_ID, position_ids))
+        starts = None if packing is None else packing.starts
+        return Media(self.connector(features), last_image(input_ids == IMAGE_TOKEN_ID, starts))
 
     def forward(
         self,
@@ -123,7 +126,7 @@ class MultimodalLM(nn.Module):
         attention_mask: Tensor,
         labels: Tensor,
         features: Tensor | None,
-        position_ids: Tensor | None = None,
+        packing: Packing | None = None,
         pixels: Tensor | None = None,
     ) -> Tensor:
         """Cross-entropy summed over supervised positions; logits are computed there and nowhere else.
@@ -131,8 +134,7 @@ class MultimodalLM(nn.Module):
         Args:
             input_ids, attention_mask, labels: int64 (b, t), padded on the right.
             features: (n_images, n, d_vision) or None.
-            position_ids: int64 (b, t), given if rows are packed: conversations count from 0 each, and attend to
-                themselves alone.
+            packing: of conversations in one line (b = 1), which attend to themselves alone.
             pixels: (n_images, 3, h, w) in place of features, for a model with a vision tower.
 
         Returns:
@@ -141,6 +143,7 @@ class MultimodalLM(nn.Module):
         Raises:
             ValueError: image positions and features do not match in number; pixels beside features or without a
                 vision tower; or features where the vision tower is trained, which they would leave out.
+            ConfigError: conversations are packed, and the LM cannot attend to them.
         """
         if features is not None and (pixels is not None or self.vision is not None):
             raise ValueError("features were given beside pixels or a trained vision tower: give pixels alone")
@@ -149,13 +152,13 @@ class MultimodalLM(nn.Module):
         n_images = 0 if features is None else len(features)
         shown = self._shown(features, input_ids.device)
         embeddings = self._embed(input_ids, shown, n_images)
-        self._show(self.media(input_ids, shown, position_ids))
-        # Without a mask, transformers takes positions that start again for the borders of packed sequences.
+        self._show(self.media(input_ids, shown, packing))
+        self._attend(packed=packing is not None)
+        place: dict[str, Any] = {"attention_mask": attention_mask}
+        if packing is not None:
+            place = {"position_ids": packing.position_ids, "packing": packing}
         hidden = self.causal_lm.base_model(
-            inputs_embeds=embeddings,
-            attention_mask=attention_mask if position_ids is None else None,
-            position_ids=position_ids,
-            use_cache=False,
+            inputs_embeds=embeddings, use_cache=False, **place
         ).last_hidden_state  # (b, t, d_model)
         targets = labels[:, 1:]  # position i predicts token i + 1
         supervised = targets != IGNORE_INDEX
@@ -177,6 +180,7 @@ class MultimodalLM(nn.Module):
         Returns:
             int64 (b, n_new) of new tokens alone, `n_new <= max_new_tokens`.
         """
+        self._attend(packed=False)
         with self.showing(self.media(input_ids, features)):
             return self.causal_lm.generate(
                 inputs_embeds=self.embed(input_ids, features),
@@ -207,6 +211,16 @@ class MultimodalLM(nn.Module):
         if self.vision is not None:
             return self.vision(self.vision.blank(device))
         return torch.zeros(1, 1, self.connector.d_vision, device=device)  # (n_images, n, d_vision)
+
+    def _attend(self, *, packed: bool) -> None:
+        """Change the LM's attention, if need be; it stays, for gradient checkpointing runs layers again later."""
+        lm = self.causal_lm
+        current = lm.config._attn_implementation
+        if packed and current != IMPLEMENTATION:
+            self._plain_attention = current
+            attend_packed(lm)
+        elif not packed and current == IMPLEMENTATION:
+            lm.set_attn_implementation(self._plain_attention)
 
     def _show(self, media: Media | None) -> None:
         if isinstance(self.connector, CrossAttentionConnector):

@@ -1,9 +1,10 @@
-"""How many tokens a recipe's batches hold: by rendering some of its conversations, or, where that cannot be, by a
+"""How many positions a recipe's batches hold: by rendering some of its conversations, or, where that cannot be, by a
 bound.
 
 In: a recipe and its profile. Out: a `BatchEstimate`. Does not know features: an image is counted by its positions.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +26,21 @@ _NO_FEATURES = np.zeros((1, 1), np.float16)  # (n, d_vision)
 
 @dataclass(frozen=True)
 class BatchEstimate:
-    """Rows of a worker's batches; a row is a conversation, or several packed."""
+    """Of a worker's batches, by row: a conversation, or as many as `pack_tokens` hold.
+
+    What all conversations of a batch begin with is counted once.
+    """
 
     longest: int
-    """Positions of the longest row."""
+    """Positions of a row in the batch that has most of them."""
     rows_per_step: float
     """Of a worker, over all micro-batches of a step."""
     mean: float
-    """Positions of a row without padding."""
+    """Positions of a row."""
     mean_conversation: float
-    """Positions of a conversation."""
+    """Positions of a conversation, what it shares included."""
+    seen_again: float
+    """Keys that attention reads for each position, for the shared ones are read with every conversation."""
     n_supervised: float
     """Supervised positions of a row in the batch that has most of them."""
     mean_supervised: float
@@ -42,7 +48,7 @@ class BatchEstimate:
     """Images of a row in the batch that has most of them."""
     mean_images: float
     lengths: tuple[int, ...]
-    """Positions of the rows of each batch, padding included."""
+    """Positions of a row of each batch."""
     source: str
     """Where the numbers come from, for a person."""
 
@@ -76,7 +82,7 @@ def longest_row(recipe: Recipe, profile: Profile) -> int:
 def _from_sample(
     recipe: Recipe, profile: Profile, image_positions: int, workers: int, tokenizer_folder: Path | None
 ) -> BatchEstimate:
-    from mmllm_core.data.batching import micro_batches
+    from mmllm_core.data.batching import fill_rows, micro_batches
     from mmllm_core.data.sampling import worker_samples
     from mmllm_core.language import load_tokenizer
 
@@ -89,18 +95,24 @@ def _from_sample(
         shares.append([_encode(sample, recipe, profile, image_positions, tokenizer) for sample in next(steps)])
     encoded = [conversation for share in shares for conversation in share]
     found = [batch for share in shares for batch in micro_batches(share, recipe.batching, recipe.micro_batch)]
-    rows = sum(len(batch.input_ids) for batch in found)
-    images = [0 if batch.features is None else len(batch.features) for batch in found]
+    n_rows = []  # of each batch
+    for share in shares:
+        left = len(fill_rows(share, recipe.batching))
+        n_rows += [min(recipe.micro_batch, left - at) for at in range(0, left, recipe.micro_batch)]
+    rows = sum(n_rows)
+    lengths = tuple(math.ceil(batch.input_ids.numel() / n) for batch, n in zip(found, n_rows, strict=True))
+    positions = sum(batch.input_ids.numel() for batch in found)
     return BatchEstimate(
-        longest=max(batch.input_ids.shape[1] for batch in found),
+        longest=max(lengths),
         rows_per_step=rows / len(shares),
-        mean=sum(c.n_tokens for c in encoded) / rows,
+        mean=positions / rows,
         mean_conversation=sum(c.n_tokens for c in encoded) / len(encoded),
-        n_supervised=max(batch.n_supervised / len(batch.input_ids) for batch in found),
+        seen_again=sum(c.n_tokens for c in encoded) / positions,
+        n_supervised=max(batch.n_supervised / n for batch, n in zip(found, n_rows, strict=True)),
         mean_supervised=sum(batch.n_supervised for batch in found) / rows,
-        n_images=max(n / len(batch.input_ids) for n, batch in zip(images, found, strict=True)),
-        mean_images=sum(images) / rows,
-        lengths=tuple(batch.input_ids.shape[1] for batch in found),
+        n_images=max(batch.n_images / n for batch, n in zip(found, n_rows, strict=True)),
+        mean_images=sum(batch.n_images for batch in found) / rows,
+        lengths=lengths,
         source=f"{len(encoded)} of the recipe's conversations, rendered",
     )
 
@@ -129,6 +141,7 @@ def _bound(recipe: Recipe, profile: Profile, workers: int, reason: MmllmError) -
         rows_per_step=recipe.batch_size / workers,
         mean=length,
         mean_conversation=length,
+        seen_again=1.0,
         n_supervised=length,
         mean_supervised=length,
         n_images=float(recipe.needs_images),

@@ -3,9 +3,9 @@
 In: a `ModelShape`, a `BatchShape` and where it runs. Out: a `Memory` whose parts add up to the peak.
 Does not know files, tokenizers or recipes.
 
-Letters in formulas: b rows, t positions of the longest row, h `d_model`, f `d_feed_forward`, a heads of width d, V the
-vocabulary, r ranks, N workers, P trainable parameters. Bytes in docstrings are those of bfloat16, in which LMs are
-computed, but on CPUs that lack it: there each of its 2 bytes is 4.
+Letters in formulas: b rows, t positions of a row, h `d_model`, f `d_feed_forward`, a heads of width d, g of keys and
+values, V the vocabulary, r ranks, N workers, P trainable parameters. Bytes in docstrings are those of bfloat16, in
+which LMs are computed, but on CPUs that lack it: there each of its 2 bytes is 4.
 """
 
 import math
@@ -18,7 +18,6 @@ from train_jobs.zero import reduce_bucket
 
 ZeroStage = Literal[0, 1, 2, 3]
 ZERO_STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
-Attention = Literal["eager", "sdpa"]
 
 ACCOUNTED = frozenset({"llama", "phi3", "phi"})
 """By `model_type`: LMs whose layers the arithmetic was held against. Others are counted as Llama's."""
@@ -31,11 +30,13 @@ class BatchShape:
 
     rows: int
     length: int
-    """Positions of a row, padding included."""
+    """Positions of a row."""
     n_supervised: float
     """Supervised positions of a row."""
     n_images: float
     """Images of a row."""
+    seen_again: float = 1.0
+    """Keys that attention reads for each position; above 1 if conversations share some."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,6 @@ class Setting:
     """Logits that the loss holds at any time (`mmllm_core.loss`)."""
     floats_at_once: float = math.inf
     """Of those, how many are float32."""
-
-    @property
-    def attention(self) -> Attention:
-        """As `mmllm_core.language.load_language_model` chooses."""
-        return "sdpa" if self.gpu else "eager"
 
 
 @dataclass(frozen=True)
@@ -176,34 +172,30 @@ def weight_bytes(model: ModelShape) -> float:
     return model.n_linear * quantized + model.n_kept * model.dtype_bytes
 
 
-def activation_bytes_per_position(model: ModelShape, attention: Attention, length: int) -> float:
-    """Bytes that the LM's layers keep for their backward pass, for one position of a row of `length`.
+def activation_bytes_per_position(model: ModelShape, seen_again: float = 1.0) -> float:
+    """Bytes that the LM's layers keep for their backward pass, for one position.
 
     The account of Korthikanti et al. (arXiv:2205.05198, section 4.1), taken anew for the layers that transformers runs:
     there is no dropout, frozen linear layers keep nothing of their inputs, and adapted or trained ones keep what they
     read. Tests hold it against what autograd keeps of small models.
 
-    Attention keeps queries, keys and values (6 a d, keys and values repeated for each head). `eager` keeps the softmax
-    in float32 and again in bfloat16: 6 a t, which grows with the square of a row. `sdpa` keeps its result and a float32
-    log-sum for each head instead (FlashAttention, arXiv:2205.14135, section 3.1), and the mask of padding in bfloat16,
-    2 t, which every layer converts for itself.
+    Attention keeps queries (2 a d), keys and values (4 g d), its result (2 a d) and a float32 log-sum for each head
+    (FlashAttention, arXiv:2205.14135, section 3.1). Where conversations share what they begin with, attention has a
+    mask, and with one transformers repeats keys and values for every head of queries: 4 a d for each key that is read.
     """
     width = model.dtype_bytes
     layer = _phi2_layer(model) if model.model_type == "phi" else _gated_layer(model)
     heads = model.n_heads * model.head_dim
-    layer += 3 * width * heads
-    if attention == "eager":
-        layer += (_FP32 + width * (width < _FP32)) * model.n_heads * length
-    else:
-        layer += width * heads + _FP32 * model.n_heads + width * length
+    read = seen_again * heads if seen_again > 1 else model.n_kv_heads * model.head_dim
+    layer += 2 * width * heads + 2 * width * read + _FP32 * model.n_heads
     adapter = model.adapter
     if adapter:
         layer += width * adapter.per_layer_rank
         if adapter.dropout:  # each adapted layer drops for itself: its own input, and a mask of one byte
             layer += (width + 1) * adapter.per_layer_inputs
-        elif attention == "eager":
-            layer += width * heads  # sdpa's result is kept anyway
-    elif model.trains_whole_lm and attention == "eager":
+        else:
+            layer += width * heads  # attention's result, in the line's order
+    elif model.trains_whole_lm:
         layer += width * heads
     final_norm = width * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
     return model.n_layers * layer + final_norm + model.cross_attention_bytes
@@ -243,7 +235,7 @@ def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> 
     With gradient checkpointing (Chen et al., arXiv:1604.06174) a layer keeps its input alone, 2 h a position, and one
     layer at a time keeps all that it would have kept.
     """
-    whole = activation_bytes_per_position(model, setting.attention, batch.length)
+    whole = activation_bytes_per_position(model, batch.seen_again)
     if setting.gradient_checkpointing:
         kept = model.n_layers * model.dtype_bytes * model.d_model + whole / model.n_layers + model.cross_attention_bytes
     else:
@@ -270,7 +262,7 @@ def logit_bytes(model: ModelShape, batch: BatchShape, setting: Setting) -> float
 
 def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
     """Bytes for the moment: gradients of what one layer kept, and its largest weight dequantized (QLoRA, section 3)."""
-    layer = activation_bytes_per_position(model, setting.attention, batch.length) / model.n_layers
+    layer = activation_bytes_per_position(model, batch.seen_again) / model.n_layers
     dequantized = 0.0 if model.quantization == "none" else float(model.dtype_bytes * model.largest_linear)
     return batch.rows * batch.length * layer + dequantized
 

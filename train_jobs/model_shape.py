@@ -53,6 +53,7 @@ class ModelShape:
     d_model: int
     n_layers: int
     n_heads: int
+    n_kv_heads: int
     head_dim: int
     d_feed_forward: int
     vocabulary: int
@@ -170,6 +171,7 @@ def model_shape(profile: Profile, recipe: Recipe, lm_config: Any) -> ModelShape:
         d_model=lm_config.hidden_size,
         n_layers=lm_config.num_hidden_layers,
         n_heads=n_heads,
+        n_kv_heads=getattr(lm_config, "num_key_value_heads", None) or n_heads,
         head_dim=getattr(lm_config, "head_dim", None) or lm_config.hidden_size // n_heads,
         d_feed_forward=lm_config.intermediate_size,
         vocabulary=lm_config.vocab_size,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mmllm_core.bundle import Bundle, bundles_folder
 from mmllm_core.config import Profile, Recipe
 from mmllm_core.errors import ConfigError
-from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import ClipEncoder
+from train_jobs.recipe import recipe_profile
 
 if TYPE_CHECKING:
     from mmllm_core.connectors import Connector
@@ -86,7 +86,7 @@ def starting_profile(recipe: Recipe) -> Profile:
         ConfigError: the profile is unknown, or the bundle was made with another.
         BundleError: there is no such bundle, or it is damaged.
     """
-    profile = load_profile(recipe.profile)
+    profile = recipe_profile(recipe)
     if recipe.from_bundle is None:
         return profile
     found = Bundle.open(bundles_folder() / recipe.from_bundle).profile

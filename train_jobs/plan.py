@@ -14,7 +14,6 @@ from mmllm_core.config import Profile, Recipe, check_recipe, parse_config
 from mmllm_core.errors import ConfigError
 from mmllm_core.language import compute_dtype
 from mmllm_core.loss import FLOATS_AT_ONCE, LOGITS_AT_ONCE
-from mmllm_core.models.profile import load_profile
 from train_jobs.accelerators import CPU, Accelerator, accelerator, usable_cores
 from train_jobs.batch_estimate import BatchEstimate, estimate_batches
 from train_jobs.memory_model import (
@@ -27,6 +26,7 @@ from train_jobs.memory_model import (
     memory,
 )
 from train_jobs.model_shape import ModelShape, model_shape, read_lm_config
+from train_jobs.recipe import recipe_profile
 from train_jobs.rehearsal import LAYERS, LONGEST, Rehearsal, this_machine
 
 HEAD_ROOM = 0.1
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> float:
-        """Over all workers, padding not counted."""
+        """Over all workers, what the conversations of a batch begin with counted once."""
         return self.options.workers * self.batches.rows_per_step * self.batches.mean
 
     @property
@@ -134,7 +134,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
         raise ConfigError(f"--mfu {options.mfu:g}: give a share of the peak, above 0 and at most 1")
     if options.workers > recipe.batch_size:
         raise ConfigError(f"--gpus {options.workers}: a batch_size of {recipe.batch_size} leaves some idle: raise it")
-    profile = load_profile(recipe.profile)
+    profile = recipe_profile(recipe)
     check_recipe(recipe, profile)
     on_cpu = options.gpu.lower() == CPU
     if on_cpu:
@@ -192,7 +192,13 @@ class _Planner:
         chip, zero = self.accelerator, self.recipe.zero
         rows = min(micro_batch, math.ceil(self.batches.rows_per_step))
         device = "cuda" if chip.is_gpu else "cpu"
-        batch = BatchShape(rows, self.batches.longest, self.batches.n_supervised, self.batches.n_images)
+        batch = BatchShape(
+            rows,
+            self.batches.longest,
+            self.batches.n_supervised,
+            self.batches.n_images,
+            self.batches.seen_again,
+        )
         setting = Setting(
             zero_stage=stage,
             workers=self.workers,

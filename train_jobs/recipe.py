@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from mmllm_core.config import ClipRecipe, Recipe, load_config, read_yaml
+from mmllm_core.config import ClipRecipe, Profile, Recipe, load_config, read_yaml
 from mmllm_core.errors import ConfigError
+from mmllm_core.models.profile import load_profile
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -41,3 +42,13 @@ def load_training_recipe(name: str, overrides: dict[str, Any] | None = None) -> 
     if not isinstance(recipe, Recipe):
         raise ConfigError(f"recipe '{name}' trains CLIP and takes no conversations: name one that trains the LM")
     return recipe
+
+
+def recipe_profile(recipe: Recipe) -> Profile:
+    """The profile that a recipe names, with the recipe's connector if it has one.
+
+    Raises:
+        ConfigError: as `load_profile`.
+    """
+    profile = load_profile(recipe.profile)
+    return profile if recipe.connector is None else profile.model_copy(update={"connector": recipe.connector})

@@ -53,7 +53,7 @@ class Rehearsal:
     gradient_checkpointing: bool
     rows: int
     lengths: tuple[int, ...]
-    """Positions of the rows of each step, padding included."""
+    """Positions of a row of each step."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _load(rehearsal: Rehearsal) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from mmllm_core.language import add_adapter, load_language_model
+    from mmllm_core.packed_attention import attend_packed
 
     dtype = getattr(torch, _dtype(rehearsal))
     config = AutoConfig.for_model(**rehearsal.lm_config)
@@ -160,6 +161,7 @@ def _load(rehearsal: Rehearsal) -> Any:
         language = LanguageConfig.model_validate(rehearsal.language)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         lm: Any = load_language_model(language, Path(folder))
+    attend_packed(lm)
     if rehearsal.lora:
         adapted: Any = add_adapter(lm, LoraConfig.model_validate(rehearsal.lora)).to(dtype)
         lm = adapted.get_base_model()
@@ -179,9 +181,13 @@ def _dtype(rehearsal: Rehearsal) -> Dtype:
 def _step(base: Any, rows: int, length: int, d_model: int) -> None:
     import torch
 
-    embeddings = torch.randn(rows, length, d_model, dtype=base.dtype, requires_grad=True)  # (b, t, d_model)
-    mask = torch.ones(rows, length, dtype=torch.int64)
-    hidden = base(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state  # (b, t, d_model)
+    from mmllm_core.packed_attention import Packing
+
+    embeddings = torch.randn(1, rows * length, d_model, dtype=base.dtype, requires_grad=True)  # (1, t, d_model)
+    packing = Packing.of([length] * rows)
+    hidden = base(
+        inputs_embeds=embeddings, position_ids=packing.position_ids, packing=packing, use_cache=False
+    ).last_hidden_state  # (1, t, d_model)
     hidden.float().sum().backward()
 
 

@@ -116,7 +116,7 @@ def training_step(
 
 
 def _forward(engine: Any, batch: Batch) -> Any:
-    return engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.position_ids, batch.pixels)
+    return engine(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.packing, batch.pixels)
 
 
 def _step(engine: Any) -> float:

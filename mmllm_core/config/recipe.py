@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mmllm_core.config.data import ChatData, DataConfig, absolute
-from mmllm_core.config.profile import LoraConfig, Name, Profile
+from mmllm_core.config.profile import ConnectorConfig, LoraConfig, Name, Profile
 from mmllm_core.config.reading import StrictModel
 from mmllm_core.errors import ConfigError
 
@@ -37,13 +37,12 @@ class ClipRecipe(StrictModel):
 
 
 class BatchingConfig(StrictModel):
-    """How conversations share batches, so that little is spent on padding."""
+    """Which conversations share a batch, in which they lie end to end and none sees another."""
 
     grouping: Literal["none", "length", "modality"] = "none"
     """Conversations of like length share a step; `modality` also keeps text apart from images, as LLaVA does."""
     pack_tokens: int | None = Field(default=None, gt=0)
-    """Rows of at most this many tokens hold several conversations, none of which sees another; `micro_batch` then
-    counts rows."""
+    """Fill batches by tokens instead: each holds `micro_batch` times as many conversations as fit this many."""
     window: int = Field(default=16, gt=0)
     """How many steps' worth of conversations are looked over at once when they are grouped."""
 
@@ -105,6 +104,8 @@ class Recipe(StrictModel):
     stage: Literal["align", "instruct", "text", "end_to_end"]
     from_bundle: Name | None = None
     """Start from what an earlier stage trained."""
+    connector: ConnectorConfig | None = None
+    """Instead of the profile's."""
     data: DataConfig = DataConfig()
     features: Literal["stored", "real_time"] = "stored"
     """Images' features from the feature store, or from CLIP as training goes."""
@@ -176,6 +177,8 @@ class Recipe(StrictModel):
             raise ValueError("an align stage trains the connector alone: set 'lora: null'")
         if self.stage == "instruct" and self.lora is None:
             raise ValueError("an instruct stage trains an adapter: give 'lora'")
+        if self.connector is not None and self.from_bundle is not None:
+            raise ValueError("the bundle's own connector goes on being trained: leave 'connector' out")
         return self
 
     @model_validator(mode="after")

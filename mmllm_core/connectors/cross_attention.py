@@ -23,6 +23,10 @@ from mmllm_core.connectors.base import Connector, LmShape
 from mmllm_core.connectors.resampler import PerceiverResampler, feed_forward, split_heads
 from mmllm_core.errors import ConfigError
 
+GATE_RATE = 10
+"""Adam moves every parameter by about the learning rate a step, and a gate has further to go than weights have: opened
+at their pace, it would stay all but shut for as long as a short run lasts."""
+
 
 @dataclass
 class Media:
@@ -107,28 +111,29 @@ class CrossAttentionConnector(Connector):
         return look
 
 
-def last_image(is_image: Tensor, position_ids: Tensor | None) -> Tensor:
+def last_image(is_image: Tensor, starts: Tensor | None) -> Tensor:
     """Which image each position looks at: the one marked last in its conversation, the position itself included.
 
     Args:
         is_image: bool (b, t), true where an image is marked.
-        position_ids: int64 (b, t) of packed conversations, each of which counts from 0; None for one a row.
+        starts: int64 (b, t), where in the row each position's conversation begins; None for one a row.
 
     Returns:
         int64 (b, t): the image's number over the whole batch in order of appearance, -1 for none.
     """
     in_row = is_image.cumsum(1)  # (b, t): images of the row so far
-    if position_ids is None:
-        seen = in_row
-    else:
-        start = torch.arange(is_image.shape[1], device=is_image.device) - position_ids  # (b, t)
-        seen = in_row - (in_row - is_image.long()).gather(1, start)  # images of the conversation so far
+    before = 0 if starts is None else (in_row - is_image.long()).gather(1, starts)  # of other conversations
     number = is_image.flatten().cumsum(0).view_as(in_row) - 1
-    return torch.where(seen > 0, number, -1)
+    return torch.where(in_row > before, number, -1)
+
+
+def _opening(gate: Tensor) -> Tensor:
+    """Flamingo's tanh of a gate, here of `GATE_RATE` times it."""
+    return (GATE_RATE * gate).tanh()
 
 
 class GatedCrossAttention(nn.Module):
-    """One block; `tanh` of each gate scales what attention and feed-forward layer add, and both gates start at zero."""
+    """One block; two gates that start shut scale what attention and feed-forward layer add."""
 
     def __init__(self, d_model: int, head_dim: int):
         super().__init__()
@@ -157,8 +162,8 @@ class GatedCrossAttention(nn.Module):
         attended = nn.functional.scaled_dot_product_attention(
             q, k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), attn_mask=mask.unsqueeze(1)
         )  # (b, h, t, d_head)
-        moved = x + self.attention_gate.tanh() * self.to_out(attended.transpose(1, 2).flatten(2))
-        moved = moved + self.feed_forward_gate.tanh() * self.feed_forward(moved)
+        moved = x + _opening(self.attention_gate) * self.to_out(attended.transpose(1, 2).flatten(2))
+        moved = moved + _opening(self.feed_forward_gate) * self.feed_forward(moved)
         return torch.where(sees, moved.to(hidden.dtype), hidden)
 
     def _keys_values(self, media: Media, name: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""A worker's conversations of one step -> micro-batches that waste little on padding.
+"""A worker's conversations of one step -> micro-batches, packed.
 
 In: conversations, rendered, each with its images. Out: batches. Conversations of like length share a batch, or several
 are packed into one row; each lands in exactly one batch. Does not know files, steps or the model.
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mmllm_core.config import BatchingConfig
 from mmllm_core.conversation import Rendered
-from mmllm_core.data.collate import Batch, collate, collate_packed
+from mmllm_core.data.collate import Batch, collate_packed
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,17 @@ class Encoded:
 
 
 def micro_batches(conversations: Sequence[Encoded], config: BatchingConfig, size: int) -> list[Batch]:
-    """Batch a worker's share of a step.
+    """Batch a worker's share of a step, each batch packed into one line.
 
     Args:
-        size: rows of a batch; the last may have fewer.
+        size: conversations of a batch, or, with `pack_tokens`, how many times that a batch holds; the last may have
+            less.
 
     Raises:
-        ValueError: a conversation is longer than the rows it is to be packed into.
+        ValueError: a conversation is longer than `pack_tokens`.
     """
-    rows = _rows(conversations, config)
-    return [_collate(rows[at : at + size], packed=config.pack_tokens is not None) for at in range(0, len(rows), size)]
+    rows = fill_rows(conversations, config)
+    return [_collate([c for row in rows[at : at + size] for c in row]) for at in range(0, len(rows), size)]
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -68,7 +69,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _rows(conversations: Sequence[Encoded], config: BatchingConfig) -> list[list[Encoded]]:
+def fill_rows(conversations: Sequence[Encoded], config: BatchingConfig) -> list[list[Encoded]]:
+    """What `micro_batch` counts: conversations, or, with `pack_tokens`, as many together as fit.
+
+    Raises:
+        ValueError: a conversation is longer than `pack_tokens`.
+    """
     if config.pack_tokens is not None:
         placed = pack([c.n_tokens for c in conversations], config.pack_tokens)
         return [[conversations[i] for i in row] for row in placed]
@@ -77,9 +83,6 @@ def _rows(conversations: Sequence[Encoded], config: BatchingConfig) -> list[list
     return [[c] for c in sorted(conversations, key=lambda c: c.n_tokens)]
 
 
-def _collate(rows: Sequence[Sequence[Encoded]], *, packed: bool) -> Batch:
-    images = [image for row in rows for c in row for image in c.images]
-    ids = tuple(c.id for row in rows for c in row)
-    if packed:
-        return collate_packed([[c.rendered for c in row] for row in rows], images, ids)
-    return collate([c.rendered for row in rows for c in row], images, ids=ids)
+def _collate(conversations: Sequence[Encoded]) -> Batch:
+    images = [image for c in conversations for image in c.images]
+    return collate_packed([c.rendered for c in conversations], images, tuple(c.id for c in conversations))

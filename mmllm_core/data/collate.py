@@ -1,7 +1,7 @@
-"""Rendered conversations -> a padded batch of tensors, one or several conversations a row.
+"""Rendered conversations -> a batch of tensors: padded, one a row, or packed end to end in one line.
 
-Padding is masked by length, never by token id: a tokenizer's pad token may be its end-of-turn token. In a packed row
-each conversation counts its positions from 0, by which attention is kept within conversations.
+Padding is masked by length, never by token id: a tokenizer's pad token may be its end-of-turn token. In a packed line
+nothing is padded, and what all conversations begin with stands once (`mmllm_core.packed_attention`).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmllm_core.conversation import IGNORE_INDEX, Rendered
+from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID, Rendered
+from mmllm_core.packed_attention import Packing
+
+WORTH_SHARING = 8
+"""Positions that conversations must have in common at least, for them to stand once: sharing is attention apart."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +28,16 @@ class Batch:
     attention_mask: Tensor  # int64 (b, t)
     labels: Tensor  # int64 (b, t)
     features: Tensor | None  # float32 (n_images, n, d_vision)
-    position_ids: Tensor | None = None  # int64 (b, t), of packed rows
     pixels: Tensor | None = None  # float32 (n_images, 3, h, w), instead of features
+    packing: Packing | None = None
+    """Of conversations in one line, for which b = 1."""
     ids: tuple[str, ...] = ()
     """Of the samples in it."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
         moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | Packing)
         }
         return replace(self, **moved)
 
@@ -53,9 +58,8 @@ Images = Sequence[NDArray[np.float16] | NDArray[np.float32]]
 
 
 def blank_batch() -> Batch:
-    """A batch of one text row without supervised tokens: what a worker runs when the others have more to do."""
-    ids = torch.zeros((1, 2), dtype=torch.int64)
-    return Batch(ids, torch.ones_like(ids), torch.full_like(ids, IGNORE_INDEX), None)
+    """A batch of text without supervised tokens: what a worker runs when the others have more to do."""
+    return collate_packed([Rendered([0, 0], [IGNORE_INDEX] * 2, 0)], [])
 
 
 def collate(
@@ -74,54 +78,80 @@ def collate(
         ValueError: the number of `images` is not the number of images spoken of.
     """
     length = max(len(c.input_ids) for c in conversations)
-    starts = [0 if padding == "right" else length - len(c.input_ids) for c in conversations]
-    placed = [(row, start, c) for row, (start, c) in enumerate(zip(starts, conversations, strict=True))]
-    return _lay_out(placed, images, (len(conversations), length), ids=ids)
+    batch = _blank((len(conversations), length), conversations, images, ids)
+    for row, conversation in enumerate(conversations):
+        start = 0 if padding == "right" else length - len(conversation.input_ids)
+        _write(batch, row, start, conversation, 0)
+    return batch
 
 
-def collate_packed(rows: Sequence[Sequence[Rendered]], images: Images, ids: tuple[str, ...] = ()) -> Batch:
-    """Lay several conversations end to end in each row, and pad rows on the right to the longest.
+def collate_packed(conversations: Sequence[Rendered], images: Images, ids: tuple[str, ...] = ()) -> Batch:
+    """Lay conversations end to end in one line; what all of them begin with stands once, at its start.
 
     Args:
-        rows: the conversations of each row, such as `mmllm_core.data.batching.pack` chooses.
         images, ids: as for `collate`.
 
     Raises:
         ValueError: the number of `images` is not the number of images spoken of.
     """
-    length = max(sum(len(c.input_ids) for c in row) for row in rows)
-    placed = []
-    # What follows the last conversation counts from 0 as well, so that it is a sequence of its own: padding.
-    position_ids = torch.arange(length).repeat(len(rows), 1)  # (b, t)
-    for number, row in enumerate(rows):
-        start = 0
-        for conversation in row:
-            placed.append((number, start, conversation))
-            start += len(conversation.input_ids)
-            position_ids[number, start:] = torch.arange(length - start)
-    return _lay_out(placed, images, (len(rows), length), position_ids, ids)
+    n_shared = _n_shared(conversations)
+    packing = Packing.of([len(c.input_ids) - n_shared for c in conversations], n_shared)
+    batch = _blank((1, packing.position_ids.shape[1]), conversations, images, ids)
+    start = 0
+    for conversation in conversations:
+        _write(batch, 0, start, conversation, n_shared if start else 0)
+        start += len(conversation.input_ids) - (n_shared if start else 0)
+    return replace(batch, packing=packing)
 
 
-def _lay_out(
-    placed: Sequence[tuple[int, int, Rendered]],
-    images: Images,
-    shape: tuple[int, int],
-    position_ids: Tensor | None = None,
-    ids: tuple[str, ...] = (),
-) -> Batch:
-    """Write conversations into tensors of `shape`, each at its (row, start)."""
-    n_images = sum(conversation.n_images for _, _, conversation in placed)
+def _n_shared(conversations: Sequence[Rendered]) -> int:
+    """Tokens that all conversations begin with, before any image and any supervised token; 0 if few.
+
+    The token after them must not be supervised either: what predicts it is shared.
+    """
+    first = conversations[0]
+    if len(conversations) == 1:
+        return 0
+    n = min(_n_plain(c) for c in conversations)
+    tokens = (c.input_ids[:n] for c in conversations[1:])
+    n = min(
+        next((i for i, (a, b) in enumerate(zip(first.input_ids, row, strict=False)) if a != b), n) for row in tokens
+    )
+    return n if n >= WORTH_SHARING else 0
+
+
+def _n_plain(conversation: Rendered) -> int:
+    """Tokens before the last one that come before any image and are followed by no supervised one."""
+    ends = (
+        i
+        for i, (token, following) in enumerate(zip(conversation.input_ids, conversation.labels[1:], strict=False))
+        if token == IMAGE_TOKEN_ID or following != IGNORE_INDEX
+    )
+    return next(ends, len(conversation.input_ids) - 1)
+
+
+def _blank(shape: tuple[int, int], conversations: Sequence[Rendered], images: Images, ids: tuple[str, ...]) -> Batch:
+    """A batch of `shape` with images and nothing but padding."""
+    n_images = sum(conversation.n_images for conversation in conversations)
     if n_images != len(images):
         raise ValueError(f"{n_images} images in the conversations and {len(images)} features")
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    for row, start, conversation in placed:
-        span = slice(start, start + len(conversation.input_ids))
-        input_ids[row, span] = torch.tensor(conversation.input_ids)
-        labels[row, span] = torch.tensor(conversation.labels)
-        labels[row, start] = IGNORE_INDEX  # nothing of its own conversation predicts a first token
-        attention_mask[row, span] = 1
     stacked = torch.from_numpy(np.stack(images).astype(np.float32)) if images else None
     features, pixels = (None, stacked) if images and images[0].ndim == 3 else (stacked, None)
-    return Batch(input_ids, attention_mask, labels, features, position_ids, pixels, ids)
+    return Batch(
+        input_ids=torch.zeros(shape, dtype=torch.int64),
+        attention_mask=torch.zeros(shape, dtype=torch.int64),
+        labels=torch.full(shape, IGNORE_INDEX, dtype=torch.int64),
+        features=features,
+        pixels=pixels,
+        ids=ids,
+    )
+
+
+def _write(batch: Batch, row: int, start: int, conversation: Rendered, skipped: int) -> None:
+    """Write a conversation, but for its first `skipped` tokens, into a batch at (row, start)."""
+    ids, labels = conversation.input_ids[skipped:], conversation.labels[skipped:]
+    span = slice(start, start + len(ids))
+    batch.input_ids[row, span] = torch.tensor(ids)
+    batch.labels[row, span] = torch.tensor(labels)
+    batch.labels[row, start] = IGNORE_INDEX  # nothing of its own conversation predicts a first token
+    batch.attention_mask[row, span] = 1

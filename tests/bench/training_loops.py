@@ -173,7 +173,7 @@ def bare_steps(setup: Setup) -> list[Step]:
         micro_batches = next(batches)
         supervised = sum(batch.n_supervised for batch in micro_batches)
         for batch in micro_batches:
-            loss = model(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.position_ids)
+            loss = model(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.packing)
             (loss / supervised).backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm)
         optimizer.step()

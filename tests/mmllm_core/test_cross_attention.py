@@ -35,7 +35,7 @@ def open_gates(model: MultimodalLM) -> None:
 @torch.inference_mode()
 def logits(model: MultimodalLM, ids: torch.Tensor, features: torch.Tensor | None, **kwargs: Any) -> torch.Tensor:
     """(b, t, vocab), with the images or without."""
-    model._show(model.media(ids, features, kwargs.get("position_ids")))
+    model._show(model.media(ids, features, None))
     return model.lm(inputs_embeds=model.embed(ids, features), **kwargs).logits
 
 
@@ -140,15 +140,16 @@ def test_the_lms_weights_keep_their_names(model: MultimodalLM, tiny_lm: TinyLM) 
 
 
 @pytest.mark.parametrize(
-    ("marks", "positions", "expected"),
+    ("marks", "starts", "expected"),
     [
         ([[0, 1, 0, 1]], None, [[-1, 0, 0, 1]]),
         ([[1, 0], [0, 0], [0, 1]], None, [[0, 0], [-1, -1], [-1, 1]]),
-        ([[1, 0, 0, 0, 1, 0]], [[0, 1, 0, 1, 2, 0]], [[0, 0, -1, -1, 1, -1]]),
+        ([[1, 0, 0, 0, 1, 0]], [[0, 0, 2, 2, 2, 5]], [[0, 0, -1, -1, 1, -1]]),
+        ([[0, 0, 1, 0, 0, 1]], [[0, 0, 2, 2, 4, 4]], [[-1, -1, 0, 0, -1, 1]]),
     ],
 )
 def test_each_position_is_given_the_last_image_of_its_own_conversation(
-    marks: list[list[int]], positions: list[list[int]] | None, expected: list[list[int]]
+    marks: list[list[int]], starts: list[list[int]] | None, expected: list[list[int]]
 ) -> None:
-    found = last_image(torch.tensor(marks, dtype=torch.bool), None if positions is None else torch.tensor(positions))
+    found = last_image(torch.tensor(marks, dtype=torch.bool), None if starts is None else torch.tensor(starts))
     assert found.tolist() == expected

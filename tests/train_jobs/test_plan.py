@@ -69,7 +69,7 @@ def test_tokens_are_counted_in_rendered_conversations(recipe: Recipe, lm_shape: 
     made = plan(recipe, PlanOptions("H100", 8, lm_shape=lm_shape))
     assert "64 of the recipe's conversations" in made.batches.source
     assert made.batches.mean < made.batches.longest < load_profile("embedded").language.context_length
-    assert made.batches.mean == made.batches.mean_conversation
+    assert made.batches.mean < made.batches.mean_conversation, "the system message stands once"
     assert made.tokens == pytest.approx(10 * 32 * made.batches.mean)
 
 
