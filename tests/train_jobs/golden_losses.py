@@ -51,12 +51,11 @@ def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> N
     import torch.distributed as dist
 
     from mmllm_core.language import load_tokenizer
-    from mmllm_core.models.profile import load_profile
     from mmllm_core.models.resolve import resolve
     from mmllm_core.vision import ClipEncoder
     from train_jobs.origins import Origins, build_model
     from train_jobs.real_time_images import RealTimeImages
-    from train_jobs.recipe import load_training_recipe
+    from train_jobs.recipe import load_training_recipe, recipe_profile
     from train_jobs.schedule import learning_rates
     from train_jobs.training_data import Encoding, step_batches
     from train_jobs.training_step import seed_step, training_step
@@ -66,7 +65,8 @@ def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> N
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     deepspeed.init_distributed("gloo")
-    recipe, profile = load_training_recipe(name), load_profile("embedded")
+    recipe = load_training_recipe(name)
+    profile = recipe_profile(recipe)
     profile = profile.model_copy(update={"language": profile.language.model_copy(update={"dtype": "float32"})})
     clip = _seeded_clip(Path(place) / "clip")
     encoder = ClipEncoder(profile.vision, clip)

@@ -13,7 +13,7 @@ from cluster.local import local_ray, quieten
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import ClipRecipe, Recipe, parse_config
 from mmllm_core.data import easy_vqa
-from mmllm_core.errors import TrainingError
+from mmllm_core.errors import ConfigError, TrainingError
 from mmllm_core.evaluation.accuracy import answer_questions
 from mmllm_core.models.home import features_folder, home
 from mmllm_core.models.profile import load_profile
@@ -167,12 +167,17 @@ def test_images_and_text_train_together_packed_and_through_cross_attention(
     chat = tmp_path / "chat.jsonl"
     turns = [{"role": "user", "content": "What is a circle?"}, {"role": "assistant", "content": "A round shape."}]
     chat.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(8)))
-    looking = tmp_path / "looking.yaml"
     connector = {"kind": "cross_attention", "every_k_layers": 1, "n_queries": 4}
-    looking.write_text(yaml.safe_dump(yaml.safe_load(profile.read_text()) | {"connector": connector}))
     sources = [{"dataset": "easy-vqa"}, {"dataset": "chat", "file": str(chat)}]
     batching = {"grouping": "modality", "pack_tokens": 512, "window": 4}
-    mixed = recipe(looking, name="mixed", data={"sources": sources}, batching=batching, word_alignment_steps=0)
+    mixed = recipe(
+        profile,
+        name="mixed",
+        connector=connector,
+        data={"sources": sources},
+        batching=batching,
+        word_alignment_steps=0,
+    )
 
     bundle = train(mixed).bundle
     assert bundle.info.data.keys() == {"easy-vqa", "chat"}
@@ -180,6 +185,8 @@ def test_images_and_text_train_together_packed_and_through_cross_attention(
     assert len(gates) == 4
     assert all(gate.abs() > 0 for gate in gates), "the LM has begun to look"
     assert bundle.load_model().connector.n_tokens(bundle.info.n_patches) == 1
+    with pytest.raises(ConfigError, match="leave 'connector' out"):
+        recipe(profile, connector=connector, from_bundle="mixed")
 
 
 def _save_tiny_lm(tokenizer_folder: Path, folder: Path) -> None:

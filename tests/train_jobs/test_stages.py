@@ -78,6 +78,7 @@ def test_stored_features_give_the_losses_of_real_time_ones(tiny_recipe: TinyReci
     assert {"lr_connector", "lr_lm"} < line.keys()
 
 
+@pytest.mark.long
 def test_an_aligned_connector_is_tuned_further(tiny_recipe: TinyRecipe) -> None:
     aligned = train(
         tiny_recipe("aligned", stage="align", lora=None, learning_rates={"connector": 1e-2}, zero={"stage": 0})
@@ -100,6 +101,7 @@ def test_a_text_stage_leaves_the_connector_as_it_was(tiny_recipe: TinyRecipe, ch
     assert adapter.bundle.load_model().adapter is not None
 
 
+@pytest.mark.long
 def test_all_of_an_lm_and_of_clips_tower_are_trained_and_bundled(tiny_recipe: TinyRecipe, tiny_home: Path) -> None:
     values = yaml.safe_load((tiny_home / "tiny.yaml").read_text(encoding="utf-8"))
     values["language"] |= {"quantization": "none"}
