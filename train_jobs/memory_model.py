@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mmllm_core.config import Quantization
-from train_jobs.model_shape import ModelShape
+from train_jobs.model_shape import AdapterShape, ModelShape, Read
 from train_jobs.zero import reduce_bucket
 
 ZeroStage = Literal[0, 1, 2, 3]
@@ -193,10 +193,7 @@ def activation_bytes_per_position(model: ModelShape, seen_again: float = 1.0) ->
         layer += width * adapter.per_layer_rank
         if adapter.dropout:  # each adapted layer drops for itself: its own input, and a mask of one byte
             layer += (width + 1) * adapter.per_layer_inputs
-        else:
-            layer += width * heads  # attention's result, in the line's order
-    elif model.trains_whole_lm:
-        layer += width * heads
+    layer += width * heads * ("attention_out" in _reads(model))  # attention's result again, in the line's order
     final_norm = width * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
     return model.n_layers * layer + final_norm + model.cross_attention_bytes
 
@@ -204,11 +201,12 @@ def activation_bytes_per_position(model: ModelShape, seen_again: float = 1.0) ->
 def _gated_layer(model: ModelShape) -> float:
     """Llama, Phi-3 and their like: two RMS norms that keep float32 copies and scales (8 h + 8), and a gated
     feed-forward layer that keeps gate, activated gate and up-projection (6 f); with an adapter also what it reads (4 h
-    + 2 f)."""
+    + 2 f where all linear layers are adapted)."""
     width = model.dtype_bytes
     kept = 2 * _FP32 * (model.d_model + 1) + 3 * width * model.d_feed_forward
-    if _keeps_inputs(model):
-        kept += 2 * width * model.d_model + width * model.d_feed_forward
+    reads = _reads(model)
+    kept += width * model.d_model * (("attention_in" in reads) + ("feed_forward_in" in reads))
+    kept += width * model.d_feed_forward * ("feed_forward_out" in reads)
     if model.trains_whole_lm:
         kept += 2 * width * model.d_model  # what each norm's scale is multiplied with
     return kept
@@ -219,14 +217,16 @@ def _phi2_layer(model: ModelShape) -> float:
     elementary operations, which keep four tensors (8 f); with an adapter also what it reads (2 h + 2 f)."""
     width = model.dtype_bytes
     kept = width * (model.d_model + 2) + 4 * width * model.d_feed_forward
-    if _keeps_inputs(model):
-        kept += width * model.d_model + width * model.d_feed_forward
-    return kept
+    reads = _reads(model)
+    kept += width * model.d_model * bool(reads & {"attention_in", "feed_forward_in"})
+    return kept + width * model.d_feed_forward * ("feed_forward_out" in reads)
 
 
-def _keeps_inputs(model: ModelShape) -> bool:
-    """Whether linear layers keep what they read once for all that read it; with dropout each keeps its own."""
-    return model.trains_whole_lm or (model.adapter is not None and not model.adapter.dropout)
+def _reads(model: ModelShape) -> frozenset[Read]:
+    """What linear layers read and keep once for all that read it; with dropout each keeps its own."""
+    if model.trains_whole_lm:
+        return AdapterShape.reads
+    return model.adapter.reads if model.adapter and not model.adapter.dropout else frozenset()
 
 
 def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:

@@ -7,7 +7,7 @@ In: a recipe, its profile, and the LM's `config.json`. Out: a `ModelShape`. Mode
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mmllm_core.config import (
     CrossAttentionConfig,
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 _PROBED = 128
 
 
+Read = Literal["attention_in", "attention_out", "feed_forward_in", "feed_forward_out"]
+_READS: dict[str, Read] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "attention_in"),
+    **dict.fromkeys(("o_proj", "dense"), "attention_out"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1"), "feed_forward_in"),
+    **dict.fromkeys(("down_proj", "fc2"), "feed_forward_out"),
+}
+"""By the names of linear layers in Llama, Phi-3 and phi-2."""
+
+
 @dataclass(frozen=True)
 class AdapterShape:
     """LoRA over all layers."""
@@ -43,6 +53,8 @@ class AdapterShape:
     per_layer_inputs: int
     """Widths of what they read, added up."""
     dropout: float
+    reads: frozenset[Read] = frozenset(get_args(Read))
+    """What of a layer they read, however many of them."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +247,7 @@ def _adapter_shape(lora: LoraConfig, lm_config: Any, linear: "dict[str, nn.Linea
         per_layer_rank=lora.rank * len(adapted) // n_layers,
         per_layer_inputs=sum(module.in_features for module in adapted) // n_layers,
         dropout=lora.dropout,
+        reads=frozenset(_READS[name] for name in targets) if set(targets) <= _READS.keys() else AdapterShape.reads,
     )
 
 

@@ -199,7 +199,7 @@ def test_a_phi4_mini_qlora_checkpoint_takes_less_than_a_gibibyte() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "phi"])
 @pytest.mark.parametrize("n_shared", [0, 8])
-@pytest.mark.parametrize("trains", ["adapter", "connector", "everything"])
+@pytest.mark.parametrize("trains", ["adapter", "attention", "connector", "everything"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_activations_are_what_autograd_keeps(
     tiny_lm: Any, model_type: str, n_shared: int, trains: str, dtype: Any
@@ -208,7 +208,10 @@ def test_activations_are_what_autograd_keeps(
     embedded = load_profile("embedded")
     profile = embedded.model_copy(update={"language": embedded.language.model_copy(update={"dtype": dtype})})
     kept = []
-    lora = LoraConfig(rank=4) if trains == "adapter" else None
+    lora = LoraConfig(rank=4) if trains in ("adapter", "attention") else None
+    if trains == "attention":
+        names = {"phi3": ("qkv_proj", "o_proj"), "phi": ("q_proj", "dense"), "llama": ("q_proj", "v_proj", "o_proj")}
+        lora = LoraConfig(rank=4, target_modules=names[model_type])
     recipe = whole_recipe() if trains == "everything" else recipe_of(lora)
     for n_layers in (2, 3):
         config = {"num_hidden_layers": n_layers, "hidden_act": "gelu_new" if model_type == "phi" else "silu"}
