@@ -1,7 +1,7 @@
 """Speed of our training against plainer loops of the same model on the same conversations, side by side.
 
-`hf`       `mmllm train`'s loop on as many workers as there are cores, with stored features and conversations grouped by
-           length, against Hugging Face's `Trainer` and peft in one process on all cores, which runs CLIP as it goes
+`hf`       `mmllm train`'s loop on as many workers as there are cores, with stored features and packed conversations,
+           against Hugging Face's `Trainer` and peft in one process on all cores, which runs CLIP as it goes and pads
            (`hf_trainer_loop`); the LM is loaded alike for both, and so computed in the same dtype
 `bare`     Ray Train and DeepSpeed with one worker, against a loop in PyTorch alone; one thread each
 `workers`  two workers against one, each on a core of its own
@@ -23,7 +23,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,9 +36,9 @@ WARM_UP = 3
 """Steps of each process that are not counted."""
 
 
-def ours(workers: int, steps: int, **changes: Any) -> list[Step]:
+def ours(workers: int, steps: int) -> list[Step]:
     """Steps as a user of `mmllm train` gets them."""
-    return ray_train_steps(Setup.of(steps, workers=workers, **changes))
+    return ray_train_steps(Setup.of(steps, workers=workers))
 
 
 def pinned(workers: int, steps: int) -> list[Step]:
@@ -55,7 +54,7 @@ def hf_trainer(steps: int) -> list[Step]:
 
 
 LOOPS: dict[str, Callable[[int], list[Step]]] = {
-    "mmllm train": lambda steps: ours(CORES, steps, batching={"grouping": "length"}),
+    "mmllm train": lambda steps: ours(CORES, steps),
     "Trainer and peft": hf_trainer,
     "Ray Train and DeepSpeed": lambda steps: ours(1, steps),
     "PyTorch alone": lambda steps: bare_steps(Setup.of(steps)),
