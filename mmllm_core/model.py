@@ -153,7 +153,7 @@ class MultimodalLM(nn.Module):
         shown = self._shown(features, input_ids.device)
         embeddings = self._embed(input_ids, shown, n_images)
         self._show(self.media(input_ids, shown, packing))
-        self._attend(packed=packing is not None)
+        self.attend(packed=packing is not None)
         place: dict[str, Any] = {"attention_mask": attention_mask}
         if packing is not None:
             place = {"position_ids": packing.position_ids, "packing": packing}
@@ -180,7 +180,7 @@ class MultimodalLM(nn.Module):
         Returns:
             int64 (b, n_new) of new tokens alone, `n_new <= max_new_tokens`.
         """
-        self._attend(packed=False)
+        self.attend(packed=False)
         with self.showing(self.media(input_ids, features)):
             return self.causal_lm.generate(
                 inputs_embeds=self.embed(input_ids, features),
@@ -212,8 +212,14 @@ class MultimodalLM(nn.Module):
             return self.vision(self.vision.blank(device))
         return torch.zeros(1, 1, self.connector.d_vision, device=device)  # (n_images, n, d_vision)
 
-    def _attend(self, *, packed: bool) -> None:
-        """Change the LM's attention, if need be; it stays, for gradient checkpointing runs layers again later."""
+    def attend(self, *, packed: bool) -> None:
+        """Make the LM ready for packed conversations or plain rows: for whoever calls it without `forward`.
+
+        It stays so, for gradient checkpointing runs layers again later.
+
+        Raises:
+            ConfigError: the LM cannot attend to packed conversations.
+        """
         lm = self.causal_lm
         current = lm.config._attn_implementation
         if packed and current != IMPLEMENTATION:

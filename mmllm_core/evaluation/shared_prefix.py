@@ -74,6 +74,7 @@ def generate_about_images(
     tails = [tail for _, _, tail in pieces]
     new_ids: list[list[int]] = [[] for _ in prompts]
     device = model.causal_lm.device
+    model.attend(packed=False)
     read_lead = _read_lead(model, lead)
     shown = sorted({prompt.image for prompt in prompts})
     for images in _slices(shown, max_positions // len(lead + image)):

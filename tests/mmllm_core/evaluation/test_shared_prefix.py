@@ -9,7 +9,7 @@ import torch
 from mmllm_core.config import CrossAttentionConfig, MlpConfig, ResamplerConfig
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
-from mmllm_core.data.collate import collate
+from mmllm_core.data.collate import collate, collate_packed
 from mmllm_core.evaluation.shared_prefix import Prompt, generate_about_images
 from mmllm_core.model import MultimodalLM
 from tests.conftest import VOCABULARY, TinyLM
@@ -58,6 +58,15 @@ def one_by_one(model: MultimodalLM, asked: list[Prompt], stop_ids: list[int]) ->
         )[0].tolist()
         answers.append(ids[: next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))])
     return answers
+
+
+def test_a_model_in_training_answers_too(tiny_lm: TinyLM) -> None:
+    model = seeing(tiny_lm("llama"), "mlp")
+    asked = prompts(model.connector.n_tokens(5), lead=[1, 30, 31, 32])
+    expected = generate_about_images(model, asked, images(), max_new_tokens=N_NEW, stop_ids=[0])
+    batch = collate_packed([Rendered([5, 6, 7], [5, 6, 7], 0)] * 2, [])
+    model(batch.input_ids, batch.attention_mask, batch.labels, None, batch.packing).backward()
+    assert generate_about_images(model, asked, images(), max_new_tokens=N_NEW, stop_ids=[0]) == expected
 
 
 @pytest.mark.parametrize("max_positions", [1, 40, 90, 4096])
