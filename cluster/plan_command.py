@@ -104,7 +104,8 @@ def _print_plan(made: "Plan") -> None:
     table.add_row("[bold]peak[/bold]", *(f"[bold]{_size(choice.memory.total)}[/bold]" for choice in made.stages))
     console.print(table, highlight=False)
     console.print(
-        f"at micro-batch {made.recipe.micro_batch} ({made.accumulation} a step), rows of {made.batches.longest} tokens"
+        f"at micro-batch {made.recipe.micro_batch} ({made.accumulation} a step), "
+        f"each of up to {made.batches.longest} tokens"
         + (", gradient checkpointing" if made.recipe.gradient_checkpointing else ""),
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""Phi and any other Hugging Face causal LM: loading, NF4 or int8, LoRA, the tokenizer and its chat template.
+"""Phi and other Hugging Face causal LMs: loading, NF4 or int8, LoRA, the tokenizer and its chat template.
 
 In: a folder with safetensors weights and a tokenizer. Out: a frozen LM, optionally quantized and with a
 LoRA adapter. Does not know images; embeddings reach the LM through `inputs_embeds`.
@@ -87,7 +87,9 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
             dtype=dtype,
             quantization_config=_quantization_config(config.quantization, dtype),
             device_map={"": device},
-            attn_implementation="eager" if device == "cpu" else "sdpa",  # sdpa with a mask is slower on CPU
+            attn_implementation="eager"
+            if device == "cpu"
+            else "sdpa",  # with a mask, as decoding has, eager wins on CPU
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -128,26 +130,49 @@ def stop_token_ids(lm: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return sorted(token for token in ids if token is not None and token != tokenizer.unk_token_id)
 
 
-def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:
-    """Wrap the LM with a fresh, trainable LoRA adapter (a `peft.PeftModel`).
+def lora_targets(config: LoraConfig, lm_config: Any) -> tuple[str, ...]:
+    """Names of the linear layers that LoRA adapts.
 
     Raises:
         ConfigError: the architecture is not in `LORA_TARGETS` and the config names no target modules.
     """
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    targets = config.target_modules or LORA_TARGETS.get(lm.config.model_type)
+    targets = config.target_modules or LORA_TARGETS.get(lm_config.model_type)
     if targets is None:
         known = ", ".join(sorted(LORA_TARGETS))
         raise ConfigError(
-            f"lora.target_modules: give them, for '{lm.config.model_type}' has no default (known: {known})"
+            f"lora.target_modules: give them, for '{lm_config.model_type}' has no default (known: {known})"
         )
+    return targets
+
+
+def n_adapted_layers(config: LoraConfig, lm_config: Any) -> int:
+    """How many of the LM's layers LoRA adapts, counted from the first.
+
+    Raises:
+        ConfigError: the config asks for more than there are.
+    """
+    n_layers = int(lm_config.num_hidden_layers)
+    if config.layers is not None and config.layers > n_layers:
+        raise ConfigError(f"lora.layers: {config.layers} and the LM has only {n_layers} layers: lower it")
+    return config.layers or n_layers
+
+
+def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:
+    """Wrap the LM with a fresh, trainable LoRA adapter (a `peft.PeftModel`).
+
+    Raises:
+        ConfigError: as `lora_targets` and `n_adapted_layers`.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    n_adapted = n_adapted_layers(config, lm.config)
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(targets),
+        target_modules=list(lora_targets(config, lm.config)),
+        layers_to_transform=list(range(n_adapted)) if config.layers else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(lm, peft_config)

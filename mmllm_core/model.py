@@ -134,7 +134,7 @@ class MultimodalLM(nn.Module):
         Args:
             input_ids, attention_mask, labels: int64 (b, t), padded on the right.
             features: (n_images, n, d_vision) or None.
-            packing: of conversations in one line (b = 1), which attend to themselves alone.
+            packing: of conversations in one line (b = 1), which attend to themselves alone, as all training has them.
             pixels: (n_images, 3, h, w) in place of features, for a model with a vision tower.
 
         Returns:

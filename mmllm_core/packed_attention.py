@@ -2,13 +2,13 @@
 
 In: queries, keys and values of the line, and a `Packing`. Out: what each position attends to, within its conversation.
 What all conversations begin with, such as a system message, stands once and is seen by each (shared prefixes: Hydragen,
-Juravsky et al., 2024, arXiv:2402.05099). So nothing is spent on padding outside attention, and attention costs what it
-costs for conversations apart: conversations of like length are attended to together, one a row. Does not know tokens.
+Juravsky et al., 2024, arXiv:2402.05099). So nothing is spent on padding outside attention. In it, conversations of like
+length are attended to together, one a row, the short ones filled up: at most twice their own positions. Does not know
+tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,24 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "packed"
 """What transformers knows it by."""
+PACKABLE = frozenset(
+    {
+        "gemma",
+        "gemma3_text",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+    }
+)
+"""By `model_type`: LMs whose attention was found to be this module's, window and all. Others may accept it and yet
+differ: some know a window by their masks alone, which are not given here, and some mix positions outside attention."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,8 @@ class Packing:
     groups: tuple[Tensor, ...]
     """int64 (n, l) each, conversations of like length: their own positions, short ones filled up with any."""
     order: Tensor  # int64 (t - n_shared,): where each own position comes among those of all groups
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """By queries, keys and window: all layers ask for the same ones."""
 
     @classmethod
     def of(cls, lengths: Sequence[int], n_shared: int = 0) -> "Packing":
@@ -60,6 +80,21 @@ class Packing:
             placed += group.numel()
         return cls(n_shared, torch.cat(position_ids)[None], torch.cat(starts)[None], tuple(groups), order)
 
+    @property
+    def n_conversations(self) -> int:
+        """How many lie in the line."""
+        return sum(map(len, self.groups))
+
+    @property
+    def n_queries(self) -> int:
+        """Positions that attention is computed for, those that short conversations are filled up with included."""
+        return self.n_shared + sum(group.numel() for group in self.groups)
+
+    @property
+    def n_keys(self) -> int:
+        """Positions that attention reads: the shared ones once for each conversation, and once for themselves."""
+        return self.n_queries + self.n_shared * self.n_conversations
+
     def to(self, device: torch.device | str) -> "Packing":
         """The same on another device."""
         return Packing(
@@ -71,18 +106,26 @@ class Packing:
         )
 
 
+def require_packable(model_type: str) -> None:
+    """Raise unless LMs of this type can attend to packed conversations, as in training they must.
+
+    Raises:
+        ConfigError: the type is not in `PACKABLE`.
+    """
+    if model_type not in PACKABLE:
+        known = ", ".join(sorted(PACKABLE))
+        raise ConfigError(f"'{model_type}': such LMs cannot be trained on packed conversations: choose one of {known}")
+
+
 def attend_packed(lm: "PreTrainedModel") -> None:
     """Let an LM attend by this module from now on; every forward pass of it must then be given a `packing`.
 
     Raises:
-        ConfigError: the LM's attention cannot be exchanged.
+        ConfigError: the LM cannot attend to packed conversations.
     """
     from transformers import AttentionInterface
 
-    if not getattr(lm, "_supports_attention_backend", False):
-        raise ConfigError(
-            f"'{lm.config.model_type}' has an attention of its own, so it cannot be trained: choose another"
-        )
+    require_packable(lm.config.model_type)
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
     lm.set_attn_implementation(IMPLEMENTATION)
 
@@ -106,22 +149,26 @@ def packed_attention(
         key, value: (1, h_kv, t, d).
         attention_mask: none is made for an implementation without a mask of its own.
         sliding_window: how many positions each sees, itself included.
-        others: of other kinds of attention, unused by Llama, Phi and their like.
+        others: of other kinds of attention, unused by LMs that are `PACKABLE`.
 
     Returns:
         (1, t, h, d), and no weights.
 
     Raises:
-        ConfigError: the LM does more in its attention than this does, or was not given a `packing`.
+        ValueError: the LM was not given a `packing`.
     """
-    if packing is None or any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise ConfigError(f"{type(module).__name__} cannot attend to packed conversations: choose another LM")
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packing is None:
+        raise ValueError(f"{type(module).__name__} attends to packed conversations and was given none")
     line = [x[0].transpose(0, 1) for x in (query, key, value)]  # (t, h, d) each
     n = packing.n_shared
     shared = [x[:n].unsqueeze(0).clone() for x in line]  # (1, n_shared, h, d); a view would keep all of the line
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _attend(module, q, k, v, scaling, dropout, sliding_window)
+        mask = _mask(packing, q, k.shape[1], sliding_window)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (n, h, l, d)
+        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling)[0]
 
     rows = []
     for group in packing.groups:
@@ -137,35 +184,22 @@ def packed_attention(
     return attended.unsqueeze(0), None
 
 
-def _attend(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-) -> Tensor:
-    """Causal attention (n, l, h, d) of the last l of s positions, with keys and values (n, s, h_kv, d)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+def _mask(packing: Packing, query: Tensor, n_keys: int, window: int | None) -> Tensor | None:
+    """What is added to scores (l, s) of the last l of s positions: 0 for what each sees, minus infinity for all else.
 
-    n_queries, n_keys = query.shape[1], key.shape[1]
-    mask = None  # that is causal, by kernels that need none
-    if n_queries < n_keys or (window is not None and window < n_keys):
-        mask = _causal(n_queries, n_keys, window, query.dtype, query.device)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (n, h, l, d)
-    return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling)[0]
-
-
-@lru_cache(maxsize=8)  # layers ask for the same ones
-def _causal(n_queries: int, n_keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to scores (l, s): 0 for what a position sees, minus infinity for all else."""
-    before = n_keys - n_queries
-    with torch.inference_mode(False):  # or training could not use what an evaluation made
-        sees = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(before)
+    None where attention is merely causal, for which there are kernels that need no mask.
+    """
+    n_queries = query.shape[1]
+    if n_queries == n_keys and (window is None or window >= n_keys):
+        return None
+    if (n_queries, n_keys, window) not in packing.masks:
+        before = n_keys - n_queries
+        sees = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(before)
         if window is not None:
             sees = sees.triu(before - window + 1)
-        return torch.zeros(n_queries, n_keys, dtype=dtype, device=device).masked_fill(~sees, -torch.inf)
+        mask = torch.zeros(n_queries, n_keys, dtype=query.dtype, device=query.device)
+        packing.masks[n_queries, n_keys, window] = mask.masked_fill(~sees, -torch.inf)
+    return packing.masks[n_queries, n_keys, window]
 
 
 def _alike(lengths: Sequence[int]) -> list[list[int]]:

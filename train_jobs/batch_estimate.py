@@ -1,18 +1,20 @@
-"""How many positions a recipe's batches hold: by rendering some of its conversations, or, where that cannot be, by a
-bound.
+"""How many positions a recipe's batches hold: by rendering some conversations, or, where that cannot be, by a bound.
 
-In: a recipe and its profile. Out: a `BatchEstimate`. Does not know features: an image is counted by its positions.
+In: a recipe and its profile. Out: a `BatchEstimate` for each micro-batch asked for. Does not know features: an image is
+counted by its positions.
 """
 
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmllm_core.config import Profile, Recipe
+from mmllm_core.config import BatchingConfig, Profile, Recipe
 from mmllm_core.data.batching import Encoded
 from mmllm_core.data.sample import Sample
 from mmllm_core.errors import ConversationError, DataError, MmllmError, WeightsError
@@ -39,8 +41,10 @@ class BatchEstimate:
     """Positions of a row."""
     mean_conversation: float
     """Positions of a conversation, what it shares included."""
-    seen_again: float
-    """Keys that attention reads for each position, for the shared ones are read with every conversation."""
+    queries: float
+    """Of attention, for each position: short conversations are filled up."""
+    keys: float
+    """Likewise, and what is shared is read with every conversation."""
     n_supervised: float
     """Supervised positions of a row in the batch that has most of them."""
     mean_supervised: float
@@ -53,10 +57,10 @@ class BatchEstimate:
     """Where the numbers come from, for a person."""
 
 
-def estimate_batches(
+def batch_estimator(
     recipe: Recipe, profile: Profile, image_positions: int, workers: int, tokenizer_folder: Path | None = None
-) -> BatchEstimate:
-    """Estimate a recipe's rows from its first conversations.
+) -> Callable[[int], BatchEstimate]:
+    """What a recipe's batches are like at a micro-batch, by its first conversations, which are rendered once.
 
     Where its data or its tokenizer cannot be had, every row is as long as it may be, supervised throughout.
 
@@ -69,9 +73,11 @@ def estimate_batches(
         ConversationError: one of the conversations cannot be rendered, which would end the training too.
     """
     try:
-        return _from_sample(recipe, profile, image_positions, workers, tokenizer_folder)
+        shares = _render_steps(recipe, profile, image_positions, workers, tokenizer_folder)
     except (WeightsError, DataError) as error:
-        return _bound(recipe, profile, workers, error)
+        bound = _bound(recipe, profile, workers, error)
+        return lambda micro_batch: bound
+    return cache(partial(_measure, recipe.batching, shares))
 
 
 def longest_row(recipe: Recipe, profile: Profile) -> int:
@@ -79,10 +85,10 @@ def longest_row(recipe: Recipe, profile: Profile) -> int:
     return min(profile.language.context_length, recipe.batching.pack_tokens or sys.maxsize)
 
 
-def _from_sample(
+def _render_steps(
     recipe: Recipe, profile: Profile, image_positions: int, workers: int, tokenizer_folder: Path | None
-) -> BatchEstimate:
-    from mmllm_core.data.batching import fill_rows, micro_batches
+) -> list[list[Encoded]]:
+    """A worker's share of each of the first steps."""
     from mmllm_core.data.sampling import worker_samples
     from mmllm_core.language import load_tokenizer
 
@@ -93,21 +99,29 @@ def _from_sample(
     shares: list[list[Encoded]] = []
     while sum(map(len, shares)) < SAMPLED:
         shares.append([_encode(sample, recipe, profile, image_positions, tokenizer) for sample in next(steps)])
+    return shares
+
+
+def _measure(batching: BatchingConfig, shares: list[list[Encoded]], micro_batch: int) -> BatchEstimate:
+    from mmllm_core.data.batching import fill_rows, micro_batches
+
     encoded = [conversation for share in shares for conversation in share]
-    found = [batch for share in shares for batch in micro_batches(share, recipe.batching, recipe.micro_batch)]
+    found = [batch for share in shares for batch in micro_batches(share, batching, micro_batch)]
+    packings = [batch.packing for batch in found if batch.packing is not None]
     n_rows = []  # of each batch
     for share in shares:
-        left = len(fill_rows(share, recipe.batching))
-        n_rows += [min(recipe.micro_batch, left - at) for at in range(0, left, recipe.micro_batch)]
+        left = len(fill_rows(share, batching))
+        n_rows += [min(micro_batch, left - at) for at in range(0, left, micro_batch)]
     rows = sum(n_rows)
-    lengths = tuple(math.ceil(batch.input_ids.numel() / n) for batch, n in zip(found, n_rows, strict=True))
-    positions = sum(batch.input_ids.numel() for batch in found)
+    lengths = tuple(math.ceil(batch.n_tokens / n) for batch, n in zip(found, n_rows, strict=True))
+    positions = sum(batch.n_tokens for batch in found)
     return BatchEstimate(
         longest=max(lengths),
         rows_per_step=rows / len(shares),
         mean=positions / rows,
         mean_conversation=sum(c.n_tokens for c in encoded) / len(encoded),
-        seen_again=sum(c.n_tokens for c in encoded) / positions,
+        queries=sum(packing.n_queries for packing in packings) / positions,
+        keys=sum(packing.n_keys for packing in packings) / positions,
         n_supervised=max(batch.n_supervised / n for batch, n in zip(found, n_rows, strict=True)),
         mean_supervised=sum(batch.n_supervised for batch in found) / rows,
         n_images=max(batch.n_images / n for batch, n in zip(found, n_rows, strict=True)),
@@ -141,7 +155,8 @@ def _bound(recipe: Recipe, profile: Profile, workers: int, reason: MmllmError) -
         rows_per_step=recipe.batch_size / workers,
         mean=length,
         mean_conversation=length,
-        seen_again=1.0,
+        queries=1.0,
+        keys=1.0,
         n_supervised=length,
         mean_supervised=length,
         n_images=float(recipe.needs_images),

@@ -35,8 +35,10 @@ class BatchShape:
     """Supervised positions of a row."""
     n_images: float
     """Images of a row."""
-    seen_again: float = 1.0
-    """Keys that attention reads for each position; above 1 if conversations share some."""
+    queries: float = 1.0
+    """Of attention, for each position; above 1 if conversations are filled up."""
+    keys: float = 1.0
+    """That attention reads, for each position; more than queries if conversations share what they begin with."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def weight_bytes(model: ModelShape) -> float:
     return model.n_linear * quantized + model.n_kept * model.dtype_bytes
 
 
-def activation_bytes_per_position(model: ModelShape, seen_again: float = 1.0) -> float:
+def activation_bytes_per_position(model: ModelShape, queries: float = 1.0, keys: float = 1.0) -> float:
     """Bytes that the LM's layers keep for their backward pass, for one position.
 
     The account of Korthikanti et al. (arXiv:2205.05198, section 4.1), taken anew for the layers that transformers runs:
@@ -180,31 +182,51 @@ def activation_bytes_per_position(model: ModelShape, seen_again: float = 1.0) ->
     read. Tests hold it against what autograd keeps of small models.
 
     Attention keeps queries (2 a d), keys and values (4 g d), its result (2 a d) and a float32 log-sum for each head
-    (FlashAttention, arXiv:2205.14135, section 3.1). Where conversations share what they begin with, attention has a
-    mask, and with one transformers repeats keys and values for every head of queries: 4 a d for each key that is read.
+    (FlashAttention, arXiv:2205.14135, section 3.1), for as many `queries` and `keys` as there are to each position.
+    Where conversations share what they begin with, attention has a mask, and with one transformers repeats keys and
+    values for every head of queries: 4 a d for each key.
     """
     width = model.dtype_bytes
-    layer = _phi2_layer(model) if model.model_type == "phi" else _gated_layer(model)
     heads = model.n_heads * model.head_dim
-    read = seen_again * heads if seen_again > 1 else model.n_kv_heads * model.head_dim
-    layer += 2 * width * heads + 2 * width * read + _FP32 * model.n_heads
-    adapter = model.adapter
-    if adapter:
-        layer += width * adapter.per_layer_rank
-        if adapter.dropout:  # each adapted layer drops for itself: its own input, and a mask of one byte
-            layer += (width + 1) * adapter.per_layer_inputs
-    layer += width * heads * ("attention_out" in _reads(model))  # attention's result again, in the line's order
+    read = heads if keys > queries else model.n_kv_heads * model.head_dim
+    attention = queries * (2 * width * heads + _FP32 * model.n_heads) + keys * 2 * width * read
+    n_adapted = model.adapter.n_layers if model.adapter else 0
+    layers = n_adapted * _adapted_layer(model) + (model.n_layers - n_adapted) * _layer(model, _plain_reads(model))
     final_norm = width * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
-    return model.n_layers * layer + final_norm + model.cross_attention_bytes
+    return layers + model.n_layers * attention + final_norm + model.cross_attention_bytes
 
 
-def _gated_layer(model: ModelShape) -> float:
+def _adapted_layer(model: ModelShape) -> float:
+    """A layer with an adapter: also what that reads, and its ranks; with dropout each linear layer keeps its own."""
+    width, adapter = model.dtype_bytes, model.adapter
+    assert adapter is not None
+    kept = _layer(model, frozenset() if adapter.dropout else adapter.reads) + width * adapter.per_layer_rank
+    if adapter.dropout:  # each adapted layer drops for itself: its own input, and a mask of one byte
+        kept += (width + 1) * adapter.per_layer_inputs
+    return kept
+
+
+def _plain_reads(model: ModelShape) -> frozenset[Read]:
+    """What linear layers without an adapter read and keep."""
+    return AdapterShape.reads if model.trains_whole_lm else frozenset()
+
+
+def _layer(model: ModelShape, reads: frozenset[Read]) -> float:
+    """A layer without what attention keeps, but with its result in the line's order, if that is read once more.
+
+    Args:
+        reads: what linear layers read and keep, once for all that read it.
+    """
+    kept = _phi2_layer(model, reads) if model.model_type == "phi" else _gated_layer(model, reads)
+    return kept + model.dtype_bytes * model.n_heads * model.head_dim * ("attention_out" in reads)
+
+
+def _gated_layer(model: ModelShape, reads: frozenset[Read]) -> float:
     """Llama, Phi-3 and their like: two RMS norms that keep float32 copies and scales (8 h + 8), and a gated
     feed-forward layer that keeps gate, activated gate and up-projection (6 f); with an adapter also what it reads (4 h
     + 2 f where all linear layers are adapted)."""
     width = model.dtype_bytes
     kept = 2 * _FP32 * (model.d_model + 1) + 3 * width * model.d_feed_forward
-    reads = _reads(model)
     kept += width * model.d_model * (("attention_in" in reads) + ("feed_forward_in" in reads))
     kept += width * model.d_feed_forward * ("feed_forward_out" in reads)
     if model.trains_whole_lm:
@@ -212,21 +234,13 @@ def _gated_layer(model: ModelShape) -> float:
     return kept
 
 
-def _phi2_layer(model: ModelShape) -> float:
+def _phi2_layer(model: ModelShape, reads: frozenset[Read]) -> float:
     """phi-2: one layer norm for attention and feed-forward layer (2 h + 4), and a GELU that transformers spells out in
     elementary operations, which keep four tensors (8 f); with an adapter also what it reads (2 h + 2 f)."""
     width = model.dtype_bytes
     kept = width * (model.d_model + 2) + 4 * width * model.d_feed_forward
-    reads = _reads(model)
     kept += width * model.d_model * bool(reads & {"attention_in", "feed_forward_in"})
     return kept + width * model.d_feed_forward * ("feed_forward_out" in reads)
-
-
-def _reads(model: ModelShape) -> frozenset[Read]:
-    """What linear layers read and keep once for all that read it; with dropout each keeps its own."""
-    if model.trains_whole_lm:
-        return AdapterShape.reads
-    return model.adapter.reads if model.adapter and not model.adapter.dropout else frozenset()
 
 
 def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
@@ -235,7 +249,7 @@ def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> 
     With gradient checkpointing (Chen et al., arXiv:1604.06174) a layer keeps its input alone, 2 h a position, and one
     layer at a time keeps all that it would have kept.
     """
-    whole = activation_bytes_per_position(model, batch.seen_again)
+    whole = activation_bytes_per_position(model, batch.queries, batch.keys)
     if setting.gradient_checkpointing:
         kept = model.n_layers * model.dtype_bytes * model.d_model + whole / model.n_layers + model.cross_attention_bytes
     else:
@@ -262,7 +276,7 @@ def logit_bytes(model: ModelShape, batch: BatchShape, setting: Setting) -> float
 
 def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
     """Bytes for the moment: gradients of what one layer kept, and its largest weight dequantized (QLoRA, section 3)."""
-    layer = activation_bytes_per_position(model, batch.seen_again) / model.n_layers
+    layer = activation_bytes_per_position(model, batch.queries, batch.keys) / model.n_layers
     dequantized = 0.0 if model.quantization == "none" else float(model.dtype_bytes * model.largest_linear)
     return batch.rows * batch.length * layer + dequantized
 

@@ -19,6 +19,7 @@ from mmllm_core.config import (
 )
 from mmllm_core.errors import ConfigError, WeightsError, first_line
 from mmllm_core.models.resolve import resolve
+from mmllm_core.packed_attention import require_packable
 from train_jobs.kept_bytes import kept_bytes
 from train_jobs.throughput import ModelWork
 from train_jobs.vision_shape import TowerShape, VisionShape, tower_shape, vision_shape
@@ -45,16 +46,17 @@ _READS: dict[str, Read] = {
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """LoRA over all layers."""
+    """LoRA over the first layers, or all."""
 
+    n_layers: int
     n_parameters: int
     per_layer_rank: int
-    """Ranks of a layer's adapted linear layers, added up."""
+    """Ranks of such a layer's adapted linear layers, added up."""
     per_layer_inputs: int
     """Widths of what they read, added up."""
     dropout: float
     reads: frozenset[Read] = frozenset(get_args(Read))
-    """What of a layer they read, however many of them."""
+    """What of a layer they read, however many of them; all of it where a layer's name does not tell."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ def model_shape(profile: Profile, recipe: Recipe, lm_config: Any) -> ModelShape:
         lm_config: of the LM, as transformers' `AutoConfig` gives it.
 
     Raises:
-        ConfigError: the config is not one of a causal LM as Llama or Phi, or the LM has no default LoRA targets and the
-            recipe names none, or the targets fit no layer.
+        ConfigError: the config is not one of a causal LM as Llama or Phi that can be trained, or the LM has no default
+            LoRA targets and the recipe names none, or the targets fit no layer.
         WeightsError: CLIP's config cannot be had.
     """
     import torch
@@ -163,6 +165,7 @@ def model_shape(profile: Profile, recipe: Recipe, lm_config: Any) -> ModelShape:
     wanted = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     if lacking := [name for name in wanted if not hasattr(lm_config, name)]:
         raise ConfigError(f"'{lm_config.model_type}': its config has no {lacking[0]}: such LMs cannot be planned")
+    require_packable(lm_config.model_type)
     vision = vision_shape(profile.vision)
     with torch.device("meta"):
         try:
@@ -230,25 +233,27 @@ def read_lm_config(profile: Profile, file: Path | None = None) -> Any:
 
 def _adapter_shape(lora: LoraConfig, lm_config: Any, linear: "dict[str, nn.Linear]") -> AdapterShape:
     """Rank r beside a linear layer of n to m adds r (n + m) parameters: LoRA, arXiv:2106.09685, section 4.1."""
-    from mmllm_core.language import LORA_TARGETS
+    from mmllm_core.language import lora_targets, n_adapted_layers
 
-    targets = lora.target_modules or LORA_TARGETS.get(lm_config.model_type)
-    if targets is None:
-        known = ", ".join(sorted(LORA_TARGETS))
-        raise ConfigError(
-            f"lora.target_modules: give them, for '{lm_config.model_type}' has no default (known: {known})"
-        )
-    adapted = [module for name, module in linear.items() if name.rpartition(".")[2] in targets]
+    targets, n_layers = lora_targets(lora, lm_config), n_adapted_layers(lora, lm_config)
+    adapted = [
+        module for name, module in linear.items() if name.rpartition(".")[2] in targets and _layer_of(name) < n_layers
+    ]
     if not adapted:
         raise ConfigError(f"lora.target_modules: no linear layer of '{lm_config.model_type}' is called so")
-    n_layers = lm_config.num_hidden_layers
     return AdapterShape(
+        n_layers=n_layers,
         n_parameters=sum(lora.rank * (module.in_features + module.out_features) for module in adapted),
         per_layer_rank=lora.rank * len(adapted) // n_layers,
         per_layer_inputs=sum(module.in_features for module in adapted) // n_layers,
         dropout=lora.dropout,
         reads=frozenset(_READS[name] for name in targets) if set(targets) <= _READS.keys() else AdapterShape.reads,
     )
+
+
+def _layer_of(name: str) -> int:
+    """Of a module of the decoder, such as `layers.3.mlp.up_proj`."""
+    return next(int(part) for part in name.split(".") if part.isdecimal())
 
 
 def _connector_bytes(connector: "Connector", vision: VisionShape, dtype: "torch.dtype") -> float:

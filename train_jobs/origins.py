@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mmllm_core.bundle import Bundle, bundles_folder
 from mmllm_core.config import Profile, Recipe
-from mmllm_core.errors import ConfigError
+from mmllm_core.errors import ConfigError, WeightsError, first_line
 from mmllm_core.models.resolve import resolve
+from mmllm_core.packed_attention import require_packable
 from mmllm_core.vision import ClipEncoder
 from train_jobs.recipe import recipe_profile
 
@@ -46,12 +47,14 @@ def find_origins(recipe: Recipe, profile: Profile) -> Origins:
     Raises:
         WeightsError: weights that the profile names cannot be had.
         BundleError: there is no such bundle, or it is damaged.
-        ConfigError: the bundle has an adapter of another shape than the recipe would train.
+        ConfigError: the LM cannot be trained on packed conversations, or the bundle has an adapter of another shape
+            than the recipe would train.
     """
     if recipe.from_bundle is None:
+        language = resolve(profile.language.source)
+        require_packable(_model_type(language))
         vision = starting_vision(recipe, profile)
         encoder = ClipEncoder(profile.vision, vision)
-        language = resolve(profile.language.source)
         return Origins(language, vision, encoder.fingerprint, encoder.d_vision, encoder.n_patches)
     bundle = Bundle.open(bundles_folder() / recipe.from_bundle)
     origins = Origins(
@@ -62,6 +65,7 @@ def find_origins(recipe: Recipe, profile: Profile) -> Origins:
         n_patches=bundle.info.n_patches,
         bundle=bundle.folder,
     )
+    require_packable(_model_type(origins.language))
     if origins.adapter and "lm" in recipe.trained:
         _require_equal_adapter(origins.adapter, recipe)
     return origins
@@ -150,6 +154,20 @@ def starting_connector(profile: Profile, origins: Origins, lm: Any) -> "Connecto
     return build_connector(profile.connector, origins.d_vision, shape, output_std=size)
 
 
+def _model_type(language: Path) -> str:
+    """Of the LM in a folder, by its config.
+
+    Raises:
+        WeightsError: the folder holds no config of an LM that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return str(AutoConfig.from_pretrained(language, local_files_only=True).model_type)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{language}: holds no causal LM that can be loaded: {first_line(error)}") from error
+
+
 def _require_equal_adapter(folder: Path, recipe: Recipe) -> None:
     from peft import PeftConfig
 
@@ -158,7 +176,9 @@ def _require_equal_adapter(folder: Path, recipe: Recipe) -> None:
             f"from_bundle: '{recipe.from_bundle}' has an adapter, which is trained further: give the recipe 'lora'"
         )
     found: Any = PeftConfig.from_pretrained(str(folder))
+    layers = found.layers_to_transform
     there = {"rank": found.r, "alpha": found.lora_alpha, "dropout": found.lora_dropout}
+    there["layers"] = None if layers is None else len(layers)
     wanted = recipe.lora.model_dump(include=set(there))
     if recipe.lora.target_modules is not None:
         there["target_modules"] = sorted(found.target_modules)

@@ -5,17 +5,18 @@ is `train_jobs.memory_model`'s. Word alignment and evaluation, which take second
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmllm_core.config import Profile, Recipe, check_recipe, parse_config
-from mmllm_core.errors import ConfigError
+from mmllm_core.errors import BundleError, ConfigError
 from mmllm_core.language import compute_dtype
 from mmllm_core.loss import FLOATS_AT_ONCE, LOGITS_AT_ONCE
 from train_jobs.accelerators import CPU, Accelerator, accelerator, usable_cores
-from train_jobs.batch_estimate import BatchEstimate, estimate_batches
+from train_jobs.batch_estimate import BatchEstimate, batch_estimator
 from train_jobs.memory_model import (
     ZERO_STAGES,
     BatchShape,
@@ -26,6 +27,7 @@ from train_jobs.memory_model import (
     memory,
 )
 from train_jobs.model_shape import ModelShape, model_shape, read_lm_config
+from train_jobs.origins import starting_profile
 from train_jobs.recipe import recipe_profile
 from train_jobs.rehearsal import LAYERS, LONGEST, Rehearsal, this_machine
 
@@ -134,7 +136,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
         raise ConfigError(f"--mfu {options.mfu:g}: give a share of the peak, above 0 and at most 1")
     if options.workers > recipe.batch_size:
         raise ConfigError(f"--gpus {options.workers}: a batch_size of {recipe.batch_size} leaves some idle: raise it")
-    profile = recipe_profile(recipe)
+    profile = _planned_profile(recipe)
     check_recipe(recipe, profile)
     on_cpu = options.gpu.lower() == CPU
     if on_cpu:
@@ -144,9 +146,10 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
     lm_config = read_lm_config(profile, options.lm_shape)
     model = model_shape(profile, recipe, lm_config)
     folder = options.lm_shape.parent if options.lm_shape else None
-    batches = estimate_batches(recipe, profile, model.image_positions, options.workers, folder)
+    estimate = batch_estimator(recipe, profile, model.image_positions, options.workers, folder)
+    batches = estimate(recipe.micro_batch)
     chip = chip or this_machine(_rehearsal(recipe, profile, lm_config, model, batches), options.workers)
-    planner = _Planner(recipe, profile, model, batches, chip, options.workers)
+    planner = _Planner(recipe, profile, model, estimate, chip, options.workers)
     stages = tuple(planner.choice(stage, recipe.micro_batch) for stage in ZERO_STAGES)
     return Plan(
         recipe=recipe,
@@ -160,6 +163,14 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
     )
 
 
+def _planned_profile(recipe: Recipe) -> Profile:
+    """The profile that the run would train with, or the recipe's where the bundle that it goes on from is not here."""
+    try:
+        return starting_profile(recipe)
+    except BundleError:
+        return recipe_profile(recipe)
+
+
 def _rehearsal(
     recipe: Recipe, profile: Profile, lm_config: Any, model: ModelShape, batches: BatchEstimate
 ) -> Rehearsal:
@@ -167,10 +178,13 @@ def _rehearsal(
     n_layers = max(1, min(LAYERS, int(_REHEARSED_WEIGHTS * model.n_layers / model.n_linear), model.n_layers))
     few_words = {"vocab_size": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     lengths = tuple(min(length, LONGEST) for length in batches.lengths[:_REHEARSED_STEPS])
+    lora = recipe.lora
+    if lora and lora.layers:
+        lora = lora.model_copy(update={"layers": math.ceil(lora.layers * n_layers / model.n_layers)})
     return Rehearsal(
         lm_config=lm_config.to_dict() | few_words | {"num_hidden_layers": n_layers},
         language=profile.language.model_dump(mode="json"),
-        lora=recipe.lora.model_dump(mode="json") if recipe.lora else None,
+        lora=lora.model_dump(mode="json") if lora else None,
         trains_lm=model.trains_whole_lm,
         gradient_checkpointing=recipe.gradient_checkpointing,
         rows=max(1, min(recipe.micro_batch, _REHEARSED_POSITIONS // max(lengths))),
@@ -183,21 +197,24 @@ class _Planner:
     recipe: Recipe
     profile: Profile
     model: ModelShape
-    batches: BatchEstimate
+    estimate: Callable[[int], BatchEstimate]
+    """By micro-batch."""
     accelerator: Accelerator
     workers: int
 
     def choice(self, stage: ZeroStage, micro_batch: int) -> Choice:
         """A setting, and what it takes; offloading as the recipe says, where the stage can."""
         chip, zero = self.accelerator, self.recipe.zero
-        rows = min(micro_batch, math.ceil(self.batches.rows_per_step))
+        batches = self.estimate(micro_batch)
+        rows = min(micro_batch, math.ceil(batches.rows_per_step))
         device = "cuda" if chip.is_gpu else "cpu"
         batch = BatchShape(
-            rows,
-            self.batches.longest,
-            self.batches.n_supervised,
-            self.batches.n_images,
-            self.batches.seen_again,
+            rows=rows,
+            length=batches.longest,
+            n_supervised=batches.n_supervised,
+            n_images=batches.n_images,
+            queries=batches.queries,
+            keys=batches.keys,
         )
         setting = Setting(
             zero_stage=stage,
@@ -216,7 +233,7 @@ class _Planner:
 
     def recommend(self) -> Choice | None:
         """The lowest stage that fits, with the largest micro-batch that fits there and that a step can fill."""
-        most = math.ceil(self.batches.rows_per_step)
+        most = math.ceil(self.estimate(1).rows_per_step)
         sizes = [2**power for power in range(most.bit_length())]  # up to `most`
         for stage in ZERO_STAGES:
             fitting = [found for size in sizes if (found := self.choice(stage, size)).refused is None]

@@ -6,8 +6,8 @@ not know recipes, and does not time anything.
 A weight costs a position 2 operations forward, 2 for the gradient of its input and 2 for its own gradient (Kaplan et
 al., arXiv:2001.08361, section 2.1): 6 for one that is trained, and 4 for a frozen one that a gradient passes on its way
 to an adapter or a connector, as in LoRA (Hu et al., arXiv:2106.09685). Attention adds 12 t a d to each position of a
-layer, for rows of t positions and a heads of width d (PaLM: Chowdhery et al., arXiv:2204.02311, appendix B). As there,
-what gradient checkpointing computes again counts for nothing: MFU is of the work that the model asks for.
+layer, for conversations of t positions and a heads of width d (PaLM: Chowdhery et al., arXiv:2204.02311, appendix B).
+As there, what gradient checkpointing computes again counts for nothing: MFU is of the work that the model asks for.
 """
 
 from dataclasses import dataclass
@@ -76,8 +76,8 @@ class ModelWork:
         """Floating-point operations of one step, forward and backward.
 
         Args:
-            tokens: positions of the step without padding, over all micro-batches.
-            mean_length: positions of a row, or of a conversation where rows are packed: what attention sees at once.
+            tokens: positions that the step computes, over all micro-batches.
+            mean_length: positions of a conversation, what it shares with others included: what attention sees at once.
             n_supervised: positions at which logits are computed.
             n_features: feature vectors that go through the connector.
             n_patches: tokens that go through the vision tower, if it runs.

@@ -271,7 +271,7 @@ class _Worker:
 
         n_features = done.images * self.config.origins.n_patches
         n_patches = done.images * self.encoder.tower.n_tokens if self.encoder else 0
-        flops = work.step_flops(done.tokens, done.tokens / done.samples, done.supervised, n_features, n_patches)
+        flops = work.step_flops(done.tokens, done.read / done.samples, done.supervised, n_features, n_patches)
         peak = peak_flops(self.device, compute_dtype(self.profile.language.dtype, self.device))
         self._say(
             step=state.step,

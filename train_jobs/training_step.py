@@ -23,7 +23,9 @@ class StepResult:
     grad_norm: float
     """Before clipping; infinite where DeepSpeed dropped the step."""
     tokens: int
-    """Without padding."""
+    """Positions computed: what the conversations of a micro-batch begin with counts once."""
+    read: int
+    """Positions of all conversations apart."""
     supervised: int
     samples: int
     images: int
@@ -60,7 +62,8 @@ def training_step(
     counts = torch.tensor(
         [
             sum(batch.n_supervised for batch in batches),
-            sum(int(batch.attention_mask.sum()) for batch in batches),
+            sum(batch.n_tokens for batch in batches),
+            sum(batch.n_read for batch in batches),
             sum(len(batch.ids) for batch in batches),
             sum(batch.n_images for batch in batches),
         ],
@@ -70,7 +73,7 @@ def training_step(
     rounds = torch.tensor(len(batches), device=device)
     dist.all_reduce(counts)
     dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
-    supervised, tokens, samples, images = (int(count) for count in counts.tolist())
+    supervised, tokens, read, samples, images = (int(count) for count in counts.tolist())
     total, unlearned = torch.zeros((), device=device), torch.zeros((), device=device)
     skipped: list[str] = []
     for i in range(int(rounds)):
@@ -108,6 +111,7 @@ def training_step(
         loss=float(total) / (supervised - int(unlearned)) if unlearned < supervised else math.nan,
         grad_norm=norm,
         tokens=tokens,
+        read=read,
         supervised=supervised,
         samples=samples,
         images=images,

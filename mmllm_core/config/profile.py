@@ -148,6 +148,9 @@ class CrossAttentionConfig(QueriesConfig):
 
     kind: Literal["cross_attention"] = "cross_attention"
     every_k_layers: int = Field(default=4, gt=0)
+    gate_rate: float = Field(default=1.0, gt=0)
+    """What gates are multiplied with before Flamingo's tanh. Adam moves every parameter by about the learning rate a
+    step, and a gate has further to go than weights have: at 1 it stays all but shut as long as a short run lasts."""
 
     def n_tokens(self, n_features: int) -> int:
         """LM positions that an image takes: one, which marks where it was put."""
@@ -167,6 +170,8 @@ class LoraConfig(StrictModel):
     alpha: int = Field(default=32, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = None
+    layers: int | None = Field(default=None, gt=0)
+    """How many of the LM's layers are adapted, counted from the first; None for all."""
 
 
 class Profile(StrictModel):

@@ -23,10 +23,6 @@ from mmllm_core.connectors.base import Connector, LmShape
 from mmllm_core.connectors.resampler import PerceiverResampler, feed_forward, split_heads
 from mmllm_core.errors import ConfigError
 
-GATE_RATE = 10
-"""Adam moves every parameter by about the learning rate a step, and a gate has further to go than weights have: opened
-at their pace, it would stay all but shut for as long as a short run lasts."""
-
 
 @dataclass
 class Media:
@@ -62,7 +58,9 @@ class CrossAttentionConnector(Connector):
         self.marker = nn.Parameter(torch.zeros(lm.d_model))
         """Embedding of the one position that marks where an image was put."""
         layers = range(config.every_k_layers - 1, lm.n_layers, config.every_k_layers)
-        self.blocks = nn.ModuleDict({str(i): GatedCrossAttention(lm.d_model, config.head_dim) for i in layers})
+        self.blocks = nn.ModuleDict(
+            {str(i): GatedCrossAttention(lm.d_model, config.head_dim, config.gate_rate) for i in layers}
+        )
         self._media: Media | None = None
 
     @property
@@ -127,16 +125,12 @@ def last_image(is_image: Tensor, starts: Tensor | None) -> Tensor:
     return torch.where(in_row > before, number, -1)
 
 
-def _opening(gate: Tensor) -> Tensor:
-    """Flamingo's tanh of a gate, here of `GATE_RATE` times it."""
-    return (GATE_RATE * gate).tanh()
-
-
 class GatedCrossAttention(nn.Module):
     """One block; two gates that start shut scale what attention and feed-forward layer add."""
 
-    def __init__(self, d_model: int, head_dim: int):
+    def __init__(self, d_model: int, head_dim: int, gate_rate: float):
         super().__init__()
+        self.gate_rate = gate_rate
         self.n_heads = max(1, d_model // head_dim)
         inner = self.n_heads * head_dim
         self.norm = nn.LayerNorm(d_model)
@@ -162,9 +156,12 @@ class GatedCrossAttention(nn.Module):
         attended = nn.functional.scaled_dot_product_attention(
             q, k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), attn_mask=mask.unsqueeze(1)
         )  # (b, h, t, d_head)
-        moved = x + _opening(self.attention_gate) * self.to_out(attended.transpose(1, 2).flatten(2))
-        moved = moved + _opening(self.feed_forward_gate) * self.feed_forward(moved)
+        moved = x + self._opening(self.attention_gate) * self.to_out(attended.transpose(1, 2).flatten(2))
+        moved = moved + self._opening(self.feed_forward_gate) * self.feed_forward(moved)
         return torch.where(sees, moved.to(hidden.dtype), hidden)
+
+    def _opening(self, gate: Tensor) -> Tensor:
+        return (self.gate_rate * gate).tanh()
 
     def _keys_values(self, media: Media, name: str) -> tuple[Tensor, Tensor]:
         """Keys and values (1, h, n_images * m, d_head), computed once for all steps of a generation."""

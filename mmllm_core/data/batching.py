@@ -1,7 +1,7 @@
 """A worker's conversations of one step -> micro-batches, packed.
 
-In: conversations, rendered, each with its images. Out: batches. Conversations of like length share a batch, or several
-are packed into one row; each lands in exactly one batch. Does not know files, steps or the model.
+In: conversations, rendered, each with its images. Out: batches, each of one line. Conversations of like length share a
+batch, or as many as fill a number of tokens; each lands in exactly one batch. Does not know files, steps or the model.
 """
 
 from collections.abc import Sequence

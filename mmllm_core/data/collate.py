@@ -17,7 +17,7 @@ from mmllm_core.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID, Rendered
 from mmllm_core.packed_attention import Packing
 
 WORTH_SHARING = 8
-"""Positions that conversations must have in common at least, for them to stand once: sharing is attention apart."""
+"""Positions that conversations must have in common at least, for them to stand once: attention over them is apart."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,17 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     @property
+    def n_tokens(self) -> int:
+        """Positions that are computed, without padding; what packed conversations share counts once."""
+        return int(self.attention_mask.sum())
+
+    @property
+    def n_read(self) -> int:
+        """Positions of all conversations; what packed ones share counts with each."""
+        repeated = 0 if self.packing is None else self.packing.n_shared * (self.packing.n_conversations - 1)
+        return self.n_tokens + repeated
+
+    @property
     def n_images(self) -> int:
         """Images in it."""
         shown = self.features if self.pixels is None else self.pixels
@@ -71,7 +82,7 @@ def collate(
     """Pad conversations to the longest, one a row.
 
     Args:
-        padding: right for training, left for generation.
+        padding: right for a forward pass, left for generation.
         ids: of the samples, for errors.
 
     Raises:

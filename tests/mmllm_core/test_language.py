@@ -101,6 +101,15 @@ def test_a_quantized_lm_learns_through_its_adapter_and_a_saved_adapter_gives_the
     assert torch.allclose(loss_of(again), loss_of(adapted), atol=1e-2)
 
 
+def test_the_first_layers_alone_are_adapted(folder: Path) -> None:
+    adapted = add_adapter(load_language_model(config(folder), folder), LoraConfig(rank=4, layers=1))
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(".layers.0." in name for name in trained)
+    with pytest.raises(ConfigError, match=r"lora\.layers: 3 and the LM has only 2 layers"):
+        add_adapter(load_language_model(config(folder), folder), LoraConfig(layers=3))
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])
 def test_training_at_rate_0_keeps_its_loss_through_evaluations(quantization: str, folder: Path) -> None:
     adapted = add_adapter(load_language_model(config(folder, quantization, "bfloat16"), folder), LoraConfig(rank=4))

@@ -17,7 +17,7 @@ from mmllm_core.data.batching import Encoded, micro_batches, pack
 from mmllm_core.data.collate import Batch, collate, collate_packed
 from mmllm_core.errors import ConfigError
 from mmllm_core.model import MultimodalLM
-from mmllm_core.packed_attention import Packing
+from mmllm_core.packed_attention import PACKABLE, Packing
 from tests.conftest import TinyLM
 
 
@@ -107,13 +107,15 @@ def test_checkpointed_gradients_of_packed_conversations_are_the_same(model: Mult
     assert all(torch.allclose(found[name], gradient, atol=1e-6) for name, gradient in expected.items())
 
 
-def test_a_window_is_kept_within_packed_conversations(tiny_lm: TinyLM) -> None:
-    """Phi-3's sliding window, shorter than the conversations."""
+@pytest.mark.parametrize("model_type", sorted(PACKABLE))
+@pytest.mark.parametrize("window", [512, 4])
+def test_every_packable_lm_attends_as_to_conversations_apart(tiny_lm: TinyLM, model_type: str, window: int) -> None:
+    """The window shorter than the conversations, and in all layers where the LM lets one choose."""
     torch.manual_seed(3)
-    lm = tiny_lm("phi3", sliding_window=4)
-    model = MultimodalLM(lm, build_connector(MlpConfig(), 32, LmShape(64, 2))).eval()
+    windowed = {"sliding_window": window, "use_sliding_window": True, "max_window_layers": 0}
+    model = MultimodalLM(tiny_lm(model_type, **windowed), build_connector(MlpConfig(), 32, LmShape(64, 2))).eval()
     rng = random.Random(0)
-    each = [begun(conversation(n, 0, rng)) for n in (12, 9)]
+    each = [begun(conversation(n, 0, rng)) for n in (12, 9, 30)]
     packed, apart = collate_packed([c.rendered for c in each], []), collate([c.rendered for c in each], [])
     with torch.inference_mode():
         found = model(packed.input_ids, packed.attention_mask, packed.labels, None, packed.packing)
@@ -131,10 +133,11 @@ def test_attention_is_plain_again_where_conversations_are_not_packed(model: Mult
     assert torch.equal(first, again)
 
 
-def test_an_lm_with_an_attention_of_its_own_is_refused(tiny_lm: TinyLM) -> None:
-    model = MultimodalLM(tiny_lm("bloom"), build_connector(MlpConfig(), 32, LmShape(64, 2)))
+@pytest.mark.parametrize("model_type", ["bloom", "lfm2", "doge"])
+def test_an_lm_with_an_attention_of_its_own_is_refused(tiny_lm: TinyLM, model_type: str) -> None:
+    model = MultimodalLM(tiny_lm(model_type), build_connector(MlpConfig(), 32, LmShape(64, 2)))
     batch = collate_packed([Rendered([5, 6, 7], [IGNORE_INDEX, 6, 7], 0)], [])
-    with pytest.raises(ConfigError, match="bloom"):
+    with pytest.raises(ConfigError, match=model_type):
         model(batch.input_ids, batch.attention_mask, batch.labels, None, batch.packing)
 
 

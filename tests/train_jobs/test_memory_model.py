@@ -27,6 +27,7 @@ from train_jobs.model_shape import AdapterShape, ModelShape, model_shape
 from train_jobs.throughput import ModelWork
 from train_jobs.vision_shape import TowerShape
 
+ADAPTER = AdapterShape(n_layers=2, n_parameters=300, per_layer_rank=14, per_layer_inputs=64, dropout=0.0)
 SMALL = ModelShape(
     model_type="llama",
     d_model=8,
@@ -41,7 +42,7 @@ SMALL = ModelShape(
     largest_linear=128,
     quantization="nf4",
     dtype_bytes=2,
-    adapter=AdapterShape(n_parameters=300, per_layer_rank=14, per_layer_inputs=64, dropout=0.0),
+    adapter=ADAPTER,
     n_connector=100,
     connector_bytes=50.0,
     cross_attention_bytes=0.0,
@@ -92,7 +93,12 @@ def test_activations_of_a_small_layer_by_hand() -> None:
     """8 h + 8 + 6 f + 4 h + 2 f, 4 a d, 4 g d, 4 a and 2 a d, 2 r; twice, and 4 h + 4 for the last norm."""
     layer = 8 * 8 + 8 + 6 * 16 + 4 * 8 + 2 * 16 + 4 * 8 + 4 * 4 + 4 * 2 + 2 * 8 + 2 * 14
     assert activation_bytes_per_position(SMALL) == 2 * layer + 4 * 8 + 4
-    assert activation_bytes_per_position(SMALL, 1.5) == 2 * (layer - 4 * 4 + 1.5 * 4 * 8) + 4 * 8 + 4
+    filled = layer + 0.25 * (4 * 8 + 4 * 4 + 4 * 2)
+    assert activation_bytes_per_position(SMALL, 1.25, 1.25) == 2 * filled + 4 * 8 + 4
+    adapted_once = replace(SMALL, adapter=replace(ADAPTER, n_layers=1))
+    assert activation_bytes_per_position(adapted_once) == 2 * layer - (4 * 8 + 2 * 16 + 2 * 8 + 2 * 14) + 4 * 8 + 4
+    shared = layer - 4 * 4 + 1.5 * 4 * 8
+    assert activation_bytes_per_position(SMALL, 1, 1.5) == 2 * shared + 4 * 8 + 4
 
 
 def test_logits_are_counted_at_supervised_positions_alone() -> None:
@@ -198,17 +204,19 @@ def test_a_phi4_mini_qlora_checkpoint_takes_less_than_a_gibibyte() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "phi"])
-@pytest.mark.parametrize("n_shared", [0, 8])
-@pytest.mark.parametrize("trains", ["adapter", "attention", "connector", "everything"])
+@pytest.mark.parametrize(("n_shared", "lengths"), [(0, [32, 32]), (8, [32, 32]), (0, [32, 20]), (8, [32, 20])])
+@pytest.mark.parametrize("trains", ["adapter", "attention", "first layers", "connector", "everything"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_activations_are_what_autograd_keeps(
-    tiny_lm: Any, model_type: str, n_shared: int, trains: str, dtype: Any
+    tiny_lm: Any, model_type: str, n_shared: int, lengths: list[int], trains: str, dtype: Any
 ) -> None:
-    """Three layers' worth less two's: what a layer keeps for its backward pass."""
+    """Three layers' worth less two's: what a layer keeps for its backward pass; with only two adapted, a plain one."""
     embedded = load_profile("embedded")
     profile = embedded.model_copy(update={"language": embedded.language.model_copy(update={"dtype": dtype})})
     kept = []
     lora = LoraConfig(rank=4) if trains in ("adapter", "attention") else None
+    if trains == "first layers":
+        lora = LoraConfig(rank=4, layers=2)
     if trains == "attention":
         names = {"phi3": ("qkv_proj", "o_proj"), "phi": ("q_proj", "dense"), "llama": ("q_proj", "v_proj", "o_proj")}
         lora = LoraConfig(rank=4, target_modules=names[model_type])
@@ -221,14 +229,16 @@ def test_activations_are_what_autograd_keeps(
         if lora:
             lm = add_adapter(lm, lora).to(getattr(torch, dtype))
         base = (lm.get_base_model() if lora else lm).base_model.train()
-        packing = Packing.of([32, 32], n_shared)
-        t = n_shared + 64
+        packing = Packing.of(lengths, n_shared)
+        t = n_shared + sum(lengths)
         embeddings = torch.randn(1, t, 64, dtype=getattr(torch, dtype), requires_grad=True)  # (1, t, d_model)
         place = {"inputs_embeds": embeddings, "position_ids": packing.position_ids, "packing": packing}
         kept.append(kept_bytes(lambda b=base, p=place: b(use_cache=False, **p), base))
-    seen_again = 2 * (n_shared + 32) / t
-    planned = activation_bytes_per_position(shape, seen_again)
-    without = activation_bytes_per_position(replace(shape, n_layers=2), seen_again)
+    read = (packing.n_queries / t, packing.n_keys / t)
+    planned = activation_bytes_per_position(shape, *read)
+    n_adapted = min(shape.adapter.n_layers, 2) if shape.adapter else 0
+    fewer = replace(shape, n_layers=2, adapter=shape.adapter and replace(shape.adapter, n_layers=n_adapted))
+    without = activation_bytes_per_position(fewer, *read)
     assert (planned - without) * t == pytest.approx(kept[1] - kept[0], rel=0.06)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mmllm_core.config import CrossAttentionConfig, LinearConfig, ResamplerConfig
 from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
-from mmllm_core.data.collate import collate
+from mmllm_core.data.collate import WORTH_SHARING, collate_packed
 from tests.train_jobs.engines import in_workers, tiny_model, tiny_recipe
 from train_jobs.training_step import training_step
 from train_jobs.zero import initialise_deepspeed
@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 STAGES = (1, 2, 3)
 CONNECTORS = (LinearConfig(), ResamplerConfig(n_queries=2), CrossAttentionConfig(every_k_layers=1, n_queries=2))
+BEGINNING = list(range(1, WORTH_SHARING + 2))
+"""Of every conversation; its last token predicts a supervised one, and is not shared."""
 
 
 def work(rank: int, folder: Path) -> None:
@@ -33,11 +35,17 @@ def work(rank: int, folder: Path) -> None:
             found = losses.setdefault(f"{config.kind} {stage}", [])
             for step in range(6):
                 n_images = int(step % 2 == rank)
-                ids = [IMAGE_TOKEN_ID] * model.connector.n_tokens(2) * n_images + [
-                    rng.randrange(1, 64) for _ in range(8)
+                shown = [IMAGE_TOKEN_ID] * model.connector.n_tokens(2) * n_images
+                both = [
+                    Rendered(
+                        BEGINNING + images + words, [-100] * len(BEGINNING + images) + words, n_images * bool(images)
+                    )
+                    for images in (shown, [])
+                    for words in [[rng.randrange(1, 64) for _ in range(8)]]
                 ]
-                rendered = Rendered(ids, [i if i >= 0 else -100 for i in ids], n_images)
-                batch = collate([rendered], [np.ones((2, 8), dtype=np.float16)] * n_images)
+                batch = collate_packed(both, [np.ones((2, 8), dtype=np.float16)] * n_images)
+                assert batch.packing is not None
+                assert batch.packing.n_shared == WORTH_SHARING
                 found.append(training_step(engine, [batch], step=step).loss)
     (folder / f"{rank}.json").write_text(json.dumps(losses))
 

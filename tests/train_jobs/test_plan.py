@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 from mmllm_core.config import ChatData, DataConfig, LearningRates, Recipe, VisionConfig, ZeroConfig
-from mmllm_core.config.profile import HubSource
+from mmllm_core.config.profile import HubSource, PathSource
 from mmllm_core.errors import ConfigError, ConversationError, WeightsError
 from mmllm_core.models.profile import load_profile
-from tests.conftest import tiny_lm_config
+from tests.conftest import TinyLM, tiny_lm_config
 from tests.train_jobs.test_memory_model import PHI4_MINI
-from train_jobs.batch_estimate import estimate_batches
+from train_jobs.batch_estimate import batch_estimator
 from train_jobs.model_shape import read_lm_config
+from train_jobs.origins import find_origins
 from train_jobs.plan import HEAD_ROOM, PlanOptions, plan
 from train_jobs.vision_shape import vision_shape
 
@@ -115,6 +116,19 @@ def test_the_recommended_setting_is_the_largest_that_leaves_head_room(phi_recipe
     assert "H100" in larger.refused
 
 
+def test_a_recommended_micro_batch_is_counted_as_if_it_were_written(recipe: Recipe, lm_shape: Path) -> None:
+    """Also what its conversations share and are filled up with, which depends on how many there are."""
+    options = PlanOptions("H100", 1, lm_shape=lm_shape)
+    made = plan(recipe.model_copy(update={"micro_batch": 1}), options)
+    best = made.recommended
+    assert best is not None
+    assert best.micro_batch > 1
+    written = plan(recipe.model_copy(update={"micro_batch": best.micro_batch}), options)
+    assert best.memory == written.stages[best.zero_stage].memory
+    assert made.batches.keys == 1
+    assert written.batches.keys > written.batches.queries > 1
+
+
 def test_no_micro_batch_is_recommended_that_a_step_cannot_fill(phi_recipe: Recipe, phi_shape: Path) -> None:
     short = phi_recipe.model_copy(
         update={"batch_size": 24, "batching": phi_recipe.batching.model_copy(update={"pack_tokens": 128})}
@@ -190,13 +204,21 @@ def test_a_config_that_is_none_is_one_line(text: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "t5", "clip"])
+@pytest.mark.parametrize("model_type", ["gpt2", "t5", "clip", "lfm2"])
 def test_models_of_another_build_are_refused(model_type: str, recipe: Recipe, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
     with pytest.raises(ConfigError, match=f"'{model_type}'") as caught:
         plan(recipe, PlanOptions("H100", 1, lm_shape=path))
     assert "\n" not in str(caught.value)
+
+
+def test_training_refuses_such_an_lm_before_it_is_loaded(recipe: Recipe, tiny_lm: TinyLM, tmp_path: Path) -> None:
+    tiny_lm("gpt2").save_pretrained(tmp_path)
+    embedded = load_profile("embedded")
+    language = embedded.language.model_copy(update={"source": PathSource(path=tmp_path)})
+    with pytest.raises(ConfigError, match="'gpt2': such LMs cannot be trained"):
+        find_origins(recipe, embedded.model_copy(update={"language": language}))
 
 
 @pytest.mark.parametrize(("options", "named"), [(PlanOptions("B7", 1), "H200"), (PlanOptions("H100", 1, mfu=2), "mfu")])
@@ -237,7 +259,7 @@ def test_images_lengthen_rows(tokenizer: Any, recipe: Recipe, tmp_path: Path) ->
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     with_images = recipe.model_copy(update={"data": DataConfig.model_validate(data)})
     profile = load_profile("embedded")
-    few, many = (estimate_batches(with_images, profile, n, 2, tmp_path / "tokenizer") for n in (5, 50))
+    few, many = (batch_estimator(with_images, profile, n, 2, tmp_path / "tokenizer")(4) for n in (5, 50))
     assert many.mean - few.mean == 45
     assert few.n_images == 1
 

@@ -1,4 +1,7 @@
-"""Every ZeRO stage takes the steps that one process takes, with all of the model trained and gradients checkpointed."""
+"""Every ZeRO stage takes the steps that one process takes, with all of the model trained and gradients checkpointed.
+
+The workers' batches are packed, the one process's padded.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ from PIL import Image
 from mmllm_core.config import LoraConfig, MlpConfig, PathSource, VisionConfig
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
-from mmllm_core.data.collate import Batch, collate
+from mmllm_core.data.collate import WORTH_SHARING, Batch, collate, collate_packed
 from mmllm_core.language import add_adapter, unfreeze
 from mmllm_core.model import MultimodalLM
 from mmllm_core.vision import ClipEncoder
@@ -44,35 +47,46 @@ def build(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> tuple[Multimo
     return model, clip
 
 
-def batch_of(step: int, worker: int, clip: ClipEncoder) -> tuple[Batch, torch.Tensor | None]:
-    """Worker 0 sees an image at even steps, worker 1 at odd ones; worker 1 has nothing supervised at step 1."""
+BEGINNING = list(range(1, WORTH_SHARING + 2))
+"""Of every conversation; its last token predicts a supervised one, and is not shared."""
+
+
+def batch_of(step: int, worker: int, clip: ClipEncoder, *, packed: bool) -> tuple[Batch, torch.Tensor | None]:
+    """Worker 0 sees an image at even steps, worker 1 at odd ones; worker 1 has nothing supervised at step 1.
+
+    Beside that stands a conversation of text, of which nothing is supervised either then.
+    """
     rng = np.random.default_rng([step, worker])
     n_images = int(step % 2 == worker)
-    words = rng.integers(1, 300, 6 + worker).tolist()
-    ids = [IMAGE_TOKEN_ID] * 16 * n_images + words
-    labels = [-100] * 16 * n_images + ([-100] * len(words) if (step, worker) == (1, 1) else words)
+    conversations = []
+    for shown in (n_images, 0):
+        words = rng.integers(1, 300, 6 + worker + shown).tolist()
+        before = BEGINNING + [IMAGE_TOKEN_ID] * 16 * shown
+        supervised = [-100] * len(words) if (step, worker) == (1, 1) else words
+        conversations.append(Rendered(before + words, [-100] * len(before) + supervised, shown))
     image = Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8))
     features = [np.zeros((1, 1), np.float16)] * n_images
-    return collate([Rendered(ids, labels, n_images)], features), clip.preprocess([image]) if n_images else None
+    batch = (collate_packed if packed else collate)(conversations, features)
+    return batch, clip.preprocess([image]) if n_images else None
 
 
 def n_supervised(step: int, clip: ClipEncoder) -> int:
-    return sum(batch_of(step, worker, clip)[0].n_supervised for worker in range(2))
+    return sum(batch_of(step, worker, clip, packed=True)[0].n_supervised for worker in range(2))
 
 
-def loss_sum(model: Any, step: int, worker: int, clip: ClipEncoder) -> torch.Tensor:
-    batch, pixels = batch_of(step, worker, clip)
-    return model(batch.input_ids, batch.attention_mask, batch.labels, None, None, pixels)
+def loss_sum(model: Any, step: int, worker: int, clip: ClipEncoder, *, packed: bool) -> torch.Tensor:
+    batch, pixels = batch_of(step, worker, clip, packed=packed)
+    return model(batch.input_ids, batch.attention_mask, batch.labels, None, batch.packing, pixels)
 
 
 def one_process(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> list[float]:
-    """Losses of plain steps over both workers' batches."""
+    """Losses of plain steps over both workers' batches, padded."""
     model, clip = build(lm_folder, clip_folder, adapter=adapter)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = sum(loss_sum(model, step, worker, clip) for worker in range(2)) / n_supervised(step, clip)
+        loss = sum(loss_sum(model, step, worker, clip, packed=False) for worker in range(2)) / n_supervised(step, clip)
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
@@ -80,7 +94,7 @@ def one_process(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> list[fl
 
 
 def under_zero(worker: int, lm_folder: Path, clip_folder: Path, stage: int, *, adapter: bool) -> list[float]:
-    """Losses of the same steps, shared by two workers."""
+    """Losses of the same steps, shared by two workers that pack their batches."""
     import deepspeed
 
     model, clip = build(lm_folder, clip_folder, adapter=adapter)
@@ -98,7 +112,7 @@ def under_zero(worker: int, lm_folder: Path, clip_folder: Path, stage: int, *, a
     )
     losses = []
     for step in range(STEPS):
-        loss = loss_sum(engine, step, worker, clip) / n_supervised(step, clip)
+        loss = loss_sum(engine, step, worker, clip, packed=True) / n_supervised(step, clip)
         engine.backward(loss * 2)  # DeepSpeed averages over workers
         engine.step()
         total = loss.detach().clone()
