@@ -3,6 +3,8 @@
 `hf`       `mmllm train`'s loop on as many workers as there are cores, with stored features and packed conversations,
            against Hugging Face's `Trainer` and peft in one process on all cores, which runs CLIP as it goes and pads
            (`hf_trainer_loop`); the LM is loaded alike for both, and so computed in the same dtype
+`rows`     the same, but that its rows are easy-VQA's own, one question each, where ours ask several about an image in
+           one conversation; as many questions a step, and compared by supervised tokens, which are theirs
 `bare`     Ray Train and DeepSpeed with one worker, against a loop in PyTorch alone; one thread each
 `workers`  two workers against one, each on a core of its own
 
@@ -11,7 +13,7 @@ a table, ratios and JSON; the exit code is 1 if a ratio misses its target. All t
 as many conversations a step. Each loop is a process of its own, and the two of a comparison take turns; of each, speed
 is that of the median step, the first few left out, in which libraries warm up.
 
-    python -m tests.bench.bench_training [hf] [bare] [workers] [--steps 16] [--rounds 2]
+    python -m tests.bench.bench_training [hf] [rows] [bare] [workers] [--steps 16] [--rounds 2]
 """
 
 import argparse
@@ -23,6 +25,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -46,22 +49,23 @@ def pinned(workers: int, steps: int) -> list[Step]:
     return ray_train_steps(Setup.of(steps, workers=workers), pinned_train_loop)
 
 
-def hf_trainer(steps: int) -> list[Step]:
+def hf_trainer(setup: Setup) -> list[Step]:
     """Steps of the Hugging Face loop."""
     from tests.bench.hf_trainer_loop import hf_trainer_steps
 
-    return hf_trainer_steps(Setup.of(steps))
+    return hf_trainer_steps(setup)
 
 
 LOOPS: dict[str, Callable[[int], list[Step]]] = {
     "mmllm train": lambda steps: ours(CORES, steps),
-    "Trainer and peft": hf_trainer,
+    "Trainer and peft": lambda steps: hf_trainer(Setup.of(steps)),
+    "Trainer and peft, a question a row": lambda steps: hf_trainer(Setup.of_single_questions(steps)),
     "Ray Train and DeepSpeed": lambda steps: ours(1, steps),
     "PyTorch alone": lambda steps: bare_steps(Setup.of(steps)),
     "two workers": lambda steps: pinned(2, steps),
     "one worker": lambda steps: pinned(1, steps),
 }
-ONE_PROCESS = {"Trainer and peft": CORES, "PyTorch alone": 1}
+ONE_PROCESS = {"Trainer and peft": CORES, "Trainer and peft, a question a row": CORES, "PyTorch alone": 1}
 """Threads of the loops that do not run on Ray, which gives every worker as many as it has cores: one."""
 
 
@@ -72,10 +76,14 @@ class Comparison:
     ours: str
     baseline: str
     target: float
+    unit: Literal["samples", "supervised"] = "samples"
+    """What is counted: conversations, or supervised tokens."""
 
 
+_UNITS = {"samples": "conversations", "supervised": "supervised tokens"}
 COMPARISONS = {
     "hf": Comparison("mmllm train", "Trainer and peft", 2.0),
+    "rows": Comparison("mmllm train", "Trainer and peft, a question a row", 2.0, "supervised"),
     "bare": Comparison("Ray Train and DeepSpeed", "PyTorch alone", 0.9),
     "workers": Comparison("two workers", "one worker", 1.7),
 }
@@ -150,13 +158,12 @@ def main() -> None:
             table.add_row(
                 f"{name}: {loop}", f"{speed.step_seconds:.2f} s", *(f"{x:.2f}" for x in list(vars(speed).values())[1:])
             )
-        samples, supervised = (
-            getattr(speeds[comparison.ours], unit) / getattr(speeds[comparison.baseline], unit)
-            for unit in ("samples_per_second", "supervised_per_second")
+        fast, slow = (
+            getattr(speeds[loop], f"{comparison.unit}_per_second") for loop in (comparison.ours, comparison.baseline)
         )
         results[name] = {
-            "ratio": samples,
-            "supervised_ratio": supervised,
+            "ratio": fast / slow,
+            "unit": comparison.unit,
             "target": comparison.target,
             "speeds": {loop: asdict(speed) for loop, speed in speeds.items()},
             "seconds": {loop: [[s.seconds for s in steps] for steps in processes] for loop, processes in found.items()},
@@ -166,9 +173,8 @@ def main() -> None:
     for name, result in results.items():
         comparison = COMPARISONS[name]
         console.print(
-            f"{name}: {comparison.ours} trains {result['ratio']:.2f} times as many samples a second as "
-            f"{comparison.baseline}, {result['supervised_ratio']:.2f} times as many supervised tokens "
-            f"(target {comparison.target:g})",
+            f"{name}: {comparison.ours} trains {result['ratio']:.2f} times as many {_UNITS[comparison.unit]} a second "
+            f"as {comparison.baseline} (target {comparison.target:g})",
             highlight=False,
         )
     machine = {"cores": CORES, "machine": platform.processor() or platform.machine()}

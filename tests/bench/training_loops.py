@@ -28,7 +28,7 @@ class Step:
     supervised: int
     """Supervised tokens."""
     tokens: int
-    """Without padding."""
+    """Positions without padding; ours compute what conversations begin with once, and count it so."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,21 @@ class Setup:
         recipe = Recipe.model_validate(values)
         profile = starting_profile(recipe)
         return cls(recipe, profile, find_origins(recipe, profile))
+
+    @classmethod
+    def of_single_questions(cls, steps: int) -> "Setup":
+        """As many questions a step, each a conversation of its own with its image, as easy-VQA's rows are."""
+        recipe = cls.of(steps).recipe
+        (source,) = recipe.data.sources
+        assert isinstance(source, EasyVqaData)
+        n = source.questions_per_image
+        rows = source.model_copy(update={"questions_per_image": 1, "caption_share": source.caption_share / n})
+        return cls.of(
+            steps,
+            data=recipe.data.model_copy(update={"sources": (rows,)}).model_dump(mode="json"),
+            batch_size=n * recipe.batch_size,
+            micro_batch=n * recipe.micro_batch,
+        )
 
 
 def prepare() -> None:
@@ -179,6 +194,6 @@ def bare_steps(setup: Setup) -> list[Step]:
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        tokens = sum(int(batch.attention_mask.sum()) for batch in micro_batches)
+        tokens = sum(batch.n_tokens for batch in micro_batches)
         steps.append(Step(seconds, sum(len(batch.ids) for batch in micro_batches), supervised, tokens))
     return steps
