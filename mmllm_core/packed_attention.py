@@ -194,11 +194,12 @@ def _mask(packing: Packing, query: Tensor, n_keys: int, window: int | None) -> T
         return None
     if (n_queries, n_keys, window) not in packing.masks:
         before = n_keys - n_queries
-        sees = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(before)
-        if window is not None:
-            sees = sees.triu(before - window + 1)
-        mask = torch.zeros(n_queries, n_keys, dtype=query.dtype, device=query.device)
-        packing.masks[n_queries, n_keys, window] = mask.masked_fill(~sees, -torch.inf)
+        with torch.inference_mode(False):  # or a batch could not be trained on once it was evaluated
+            sees = torch.ones(n_queries, n_keys, dtype=torch.bool, device=query.device).tril(before)
+            if window is not None:
+                sees = sees.triu(before - window + 1)
+            mask = torch.zeros(n_queries, n_keys, dtype=query.dtype, device=query.device)
+            packing.masks[n_queries, n_keys, window] = mask.masked_fill(~sees, -torch.inf)
     return packing.masks[n_queries, n_keys, window]
 
 

@@ -133,6 +133,16 @@ def test_attention_is_plain_again_where_conversations_are_not_packed(model: Mult
     assert torch.equal(first, again)
 
 
+def test_a_batch_is_trained_on_after_it_was_evaluated(model: MultimodalLM) -> None:
+    rng = random.Random(6)
+    each = [begun(conversation(n, 1, rng)) for n in (6, 4)]
+    batch = collate_packed([c.rendered for c in each], flat(each))
+    with torch.inference_mode():
+        evaluated = model(batch.input_ids, batch.attention_mask, batch.labels, batch.features, batch.packing)
+    trained, _ = loss_and_gradients(model, batch)
+    assert torch.equal(trained, evaluated)
+
+
 @pytest.mark.parametrize("model_type", ["bloom", "lfm2", "doge"])
 def test_an_lm_with_an_attention_of_its_own_is_refused(tiny_lm: TinyLM, model_type: str) -> None:
     model = MultimodalLM(tiny_lm(model_type), build_connector(MlpConfig(), 32, LmShape(64, 2)))
