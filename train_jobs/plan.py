@@ -164,11 +164,15 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
 
 
 def _planned_profile(recipe: Recipe) -> Profile:
-    """The profile that the run would train with, or the recipe's where the bundle that it goes on from is not here."""
+    """The recipe's profile, with the connector of the bundle that the run goes on from, if that is here.
+
+    The bundle's own profile would name weights within the bundle.
+    """
+    profile = recipe_profile(recipe)
     try:
-        return starting_profile(recipe)
+        return profile.model_copy(update={"connector": starting_profile(recipe).connector})
     except BundleError:
-        return recipe_profile(recipe)
+        return profile
 
 
 def _rehearsal(
