@@ -136,7 +136,7 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
         raise ConfigError(f"--mfu {options.mfu:g}: give a share of the peak, above 0 and at most 1")
     if options.workers > recipe.batch_size:
         raise ConfigError(f"--gpus {options.workers}: a batch_size of {recipe.batch_size} leaves some idle: raise it")
-    profile = _planned_profile(recipe)
+    profile = planned_profile(recipe)
     check_recipe(recipe, profile)
     on_cpu = options.gpu.lower() == CPU
     if on_cpu:
@@ -163,10 +163,13 @@ def plan(recipe: Recipe, options: PlanOptions) -> Plan:
     )
 
 
-def _planned_profile(recipe: Recipe) -> Profile:
+def planned_profile(recipe: Recipe) -> Profile:
     """The recipe's profile, with the connector of the bundle that the run goes on from, if that is here.
 
     The bundle's own profile would name weights within the bundle.
+
+    Raises:
+        ConfigError: as `starting_profile`.
     """
     profile = recipe_profile(recipe)
     try:

@@ -20,7 +20,7 @@ from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from train_jobs.embed_images import embed_images, embed_recipe
 from train_jobs.evaluate import evaluate
-from train_jobs.plan import PlanOptions, plan
+from train_jobs.plan import planned_profile
 from train_jobs.stored_features import StoredFeatures
 from train_jobs.train import TrainedRun, train
 from train_jobs.train_clip import train_clip
@@ -188,8 +188,8 @@ def test_images_and_text_train_together_packed_and_through_cross_attention(
     assert bundle.load_model().connector.n_tokens(bundle.info.n_patches) == 1
     with pytest.raises(ConfigError, match="leave 'connector' out"):
         recipe(profile, connector=connector, from_bundle="mixed")
-    further = plan(recipe(profile, name="further", from_bundle="mixed"), PlanOptions("H100", 1))
-    assert further.model.cross_attention_bytes > 0, "the bundle's connector, not the profile's, is planned"
+    further = planned_profile(recipe(profile, name="further", from_bundle="mixed"))
+    assert further.connector == bundle.profile.connector, "the bundle's connector, not the profile's, is planned"
 
 
 def _save_tiny_lm(tokenizer_folder: Path, folder: Path) -> None:
