@@ -187,19 +187,32 @@ def activation_bytes_per_position(model: ModelShape, queries: float = 1.0, keys:
     values for every head of queries: 4 a d for each key.
     """
     width = model.dtype_bytes
+    layers = model.n_layers * _layer(model, _plain_reads(model))
+    if model.adapter:
+        plain = model.n_layers - model.adapter.n_layers
+        layers = plain * _layer(model, _plain_reads(model)) + model.adapter.n_layers * _adapted_layer(
+            model, model.adapter
+        )
+    final_norm = width * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
+    return layers + model.n_layers * _attention(model, queries, keys) + final_norm + model.cross_attention_bytes
+
+
+def _largest_layer(model: ModelShape, batch: BatchShape) -> float:
+    """Bytes that the layer which keeps most keeps for one position: one with an adapter, if there is any."""
+    kept = _adapted_layer(model, model.adapter) if model.adapter else _layer(model, _plain_reads(model))
+    return kept + _attention(model, batch.queries, batch.keys)
+
+
+def _attention(model: ModelShape, queries: float, keys: float) -> float:
+    """What attention keeps in each layer."""
     heads = model.n_heads * model.head_dim
     read = heads if keys > queries else model.n_kv_heads * model.head_dim
-    attention = queries * (2 * width * heads + _FP32 * model.n_heads) + keys * 2 * width * read
-    n_adapted = model.adapter.n_layers if model.adapter else 0
-    layers = n_adapted * _adapted_layer(model) + (model.n_layers - n_adapted) * _layer(model, _plain_reads(model))
-    final_norm = width * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
-    return layers + model.n_layers * attention + final_norm + model.cross_attention_bytes
+    return queries * (2 * model.dtype_bytes * heads + _FP32 * model.n_heads) + keys * 2 * model.dtype_bytes * read
 
 
-def _adapted_layer(model: ModelShape) -> float:
+def _adapted_layer(model: ModelShape, adapter: AdapterShape) -> float:
     """A layer with an adapter: also what that reads, and its ranks; with dropout each linear layer keeps its own."""
-    width, adapter = model.dtype_bytes, model.adapter
-    assert adapter is not None
+    width = model.dtype_bytes
     kept = _layer(model, frozenset() if adapter.dropout else adapter.reads) + width * adapter.per_layer_rank
     if adapter.dropout:  # each adapted layer drops for itself: its own input, and a mask of one byte
         kept += (width + 1) * adapter.per_layer_inputs
@@ -249,11 +262,11 @@ def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> 
     With gradient checkpointing (Chen et al., arXiv:1604.06174) a layer keeps its input alone, 2 h a position, and one
     layer at a time keeps all that it would have kept.
     """
-    whole = activation_bytes_per_position(model, batch.queries, batch.keys)
     if setting.gradient_checkpointing:
-        kept = model.n_layers * model.dtype_bytes * model.d_model + whole / model.n_layers + model.cross_attention_bytes
+        inputs = model.n_layers * model.dtype_bytes * model.d_model
+        kept = inputs + _largest_layer(model, batch) + model.cross_attention_bytes
     else:
-        kept = whole
+        kept = activation_bytes_per_position(model, batch.queries, batch.keys)
     image = model.connector_bytes * bool(model.n_trained_connector)
     if model.tower and model.n_trained_tower:
         image += model.tower.kept_bytes
@@ -276,7 +289,7 @@ def logit_bytes(model: ModelShape, batch: BatchShape, setting: Setting) -> float
 
 def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
     """Bytes for the moment: gradients of what one layer kept, and its largest weight dequantized (QLoRA, section 3)."""
-    layer = activation_bytes_per_position(model, batch.queries, batch.keys) / model.n_layers
+    layer = _largest_layer(model, batch)
     dequantized = 0.0 if model.quantization == "none" else float(model.dtype_bytes * model.largest_linear)
     return batch.rows * batch.length * layer + dequantized
 

@@ -113,8 +113,10 @@ def test_a_loss_in_chunks_holds_a_chunk_of_logits_and_what_the_backward_pass_nee
 
 
 def test_checkpointing_keeps_inputs_of_layers_and_one_layer_whole() -> None:
-    deep = replace(SMALL, n_layers=10)
-    one = activation_bytes_per_position(SMALL) - activation_bytes_per_position(replace(SMALL, n_layers=1))
+    deep = replace(SMALL, n_layers=10, adapter=replace(ADAPTER, n_layers=10))
+    one = activation_bytes_per_position(SMALL) - activation_bytes_per_position(
+        replace(SMALL, n_layers=1, adapter=replace(ADAPTER, n_layers=1))
+    )
     saving = replace(CPU, gradient_checkpointing=True)
     assert activation_bytes(deep, saving, BATCH) == pytest.approx(2 * 10 * (10 * 2 * 8 + one) + 2 * 50, rel=0.02)
     assert activation_bytes(deep, saving, BATCH) < 0.3 * activation_bytes(deep, CPU, BATCH)

@@ -126,7 +126,7 @@ def test_a_recommended_micro_batch_is_counted_as_if_it_were_written(recipe: Reci
     written = plan(recipe.model_copy(update={"micro_batch": best.micro_batch}), options)
     assert best.memory == written.stages[best.zero_stage].memory
     assert made.batches.keys == 1
-    assert written.batches.keys > written.batches.queries > 1
+    assert written.batches.keys > written.batches.queries >= 1
 
 
 def test_no_micro_batch_is_recommended_that_a_step_cannot_fill(phi_recipe: Recipe, phi_shape: Path) -> None:
