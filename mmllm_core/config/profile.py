@@ -172,6 +172,9 @@ class LoraConfig(StrictModel):
     target_modules: tuple[str, ...] | None = None
     layers: int | None = Field(default=None, gt=0)
     """How many of the LM's layers are adapted, counted from the first; None for all."""
+    interpolation: float = Field(default=1.0, gt=0, le=1)
+    """How far the bundle's adapter goes from the untuned LM to the trained one (WiSE-FT, arXiv:2109.01903): a little
+    less than the whole forgets less of what the LM knew. Checkpoints hold the whole."""
 
 
 class Profile(StrictModel):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from cluster.local import local_ray, quieten
 from mmllm_core.bundle import Bundle
@@ -18,6 +19,7 @@ from mmllm_core.evaluation.accuracy import answer_questions
 from mmllm_core.models.home import features_folder, home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
+from train_jobs.checkpoint import load_weights_alone
 from train_jobs.embed_images import embed_images, embed_recipe
 from train_jobs.evaluate import evaluate
 from train_jobs.plan import planned_profile
@@ -74,8 +76,9 @@ def _shared_home(_home_of_the_test: None, profile: Path, monkeypatch: pytest.Mon
 def recipe(profile: Path, **changes: object) -> Recipe:
     """Three steps of what embedded-instruct does."""
     values = {"name": "tiny", "profile": str(profile), "stage": "instruct", "steps": 3, "micro_batch": 2}
-    values |= {"word_alignment_steps": 5, "evaluation_questions": 20, "lora": {"rank": 4}, "batch_size": 4}
+    values |= {"word_alignment_steps": 5, "evaluation_questions": 20, "batch_size": 4}
     values |= {"learning_rates": {"connector": 1e-3, "lm": 1e-3}, "tracker": "none"}
+    values |= {"lora": {"rank": 4, "interpolation": 0.5}}
     return parse_config(Recipe, values | changes, "test")
 
 
@@ -110,11 +113,18 @@ def test_training_leaves_a_bundle_that_opens_and_answers(run: TrainedRun, tmp_pa
 
 
 def test_only_what_was_trained_is_saved(run: TrainedRun) -> None:
-    from safetensors import safe_open
+    adapter = load_file(run.bundle.folder / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in key for key in adapter)
+    assert any(weight.abs().sum() > 0 for key, weight in adapter.items() if "lora_B" in key)
 
-    with safe_open(run.bundle.folder / "adapter" / "adapter_model.safetensors", framework="pt") as adapter:
-        assert all("lora_" in key for key in adapter.keys())  # noqa: SIM118
-        assert any(adapter.get_tensor(key).abs().sum() > 0 for key in adapter.keys() if "lora_B" in key)  # noqa: SIM118
+
+def test_the_adapter_is_taken_as_far_as_the_recipe_says(run: TrainedRun) -> None:
+    adapter = load_file(run.bundle.folder / "adapter" / "adapter_model.safetensors")
+    checkpoint = max((run.bundle.folder.parents[1] / "ray" / "tiny").glob("checkpoint_*/"))
+    trained = load_weights_alone(checkpoint)
+    for name, weight in adapter.items():
+        whole = trained["lm." + name.replace(".weight", ".default.weight")]
+        assert torch.allclose(weight, 0.5 * whole if "lora_B" in name else whole, rtol=2**-8), name  # bfloat16
 
 
 def test_a_run_records_what_made_it(run: TrainedRun) -> None:
