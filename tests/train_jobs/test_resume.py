@@ -31,7 +31,7 @@ from train_jobs.run_inputs import INPUTS, RunInputs, read_inputs, write_inputs
 from train_jobs.run_record import LOG, runs_folder
 from train_jobs.train import TrainedRun, resume, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LONG = {"steps": 60, "workers": 2, "checkpoint": {"every_steps": 10}}
 
@@ -57,7 +57,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def wait_for(log: Path, found: Callable[[dict[str, Any]], bool], seconds: float = 200) -> None:
+def wait_for(log: Path, found: Callable[[dict[str, Any]], bool], seconds: float = 400) -> None:
     """Until a line of the log is what is waited for."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
