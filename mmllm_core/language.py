@@ -5,12 +5,13 @@ LoRA adapter. Does not know images; embeddings reach the LM through `inputs_embe
 """
 
 import logging
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmllm_core.config import Dtype, LanguageConfig, LoraConfig, Quantization
 from mmllm_core.errors import ConfigError, WeightsError
@@ -176,6 +177,20 @@ def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(lm, peft_config)
+
+
+@torch.no_grad()
+def interpolate_adapter(weights: Mapping[str, Tensor], share: float) -> None:
+    """Take a LoRA adapter part of the way from the untuned LM to the tuned one, in place (`LoraConfig.interpolation`).
+
+    What an adapter adds to a layer, B A x, is linear in B.
+
+    Args:
+        weights: of an adapter, or of a model with one, by peft's names; others stay as they are.
+    """
+    for name, weight in weights.items():
+        if ".lora_B." in name:
+            weight.mul_(share)
 
 
 def load_adapter(lm: "PreTrainedModel", folder: Path, *, trainable: bool = False) -> nn.Module:

@@ -186,21 +186,17 @@ def activation_bytes_per_position(model: ModelShape, queries: float = 1.0, keys:
     Where conversations share what they begin with, attention has a mask, and with one transformers repeats keys and
     values for every head of queries: 4 a d for each key.
     """
-    width = model.dtype_bytes
-    layers = model.n_layers * _layer(model, _plain_reads(model))
-    if model.adapter:
-        plain = model.n_layers - model.adapter.n_layers
-        layers = plain * _layer(model, _plain_reads(model)) + model.adapter.n_layers * _adapted_layer(
-            model, model.adapter
-        )
-    final_norm = width * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
-    return layers + model.n_layers * _attention(model, queries, keys) + final_norm + model.cross_attention_bytes
+    n_adapted = model.adapter.n_layers if model.adapter else 0
+    plain = _layer(model, _plain_reads(model)) + _attention(model, queries, keys)
+    layers = (model.n_layers - n_adapted) * plain + n_adapted * _largest_layer(model, queries, keys)
+    final_norm = model.dtype_bytes * model.d_model if model.model_type == "phi" else _FP32 * (model.d_model + 1)
+    return layers + final_norm + model.cross_attention_bytes
 
 
-def _largest_layer(model: ModelShape, batch: BatchShape) -> float:
+def _largest_layer(model: ModelShape, queries: float, keys: float) -> float:
     """Bytes that the layer which keeps most keeps for one position: one with an adapter, if there is any."""
     kept = _adapted_layer(model, model.adapter) if model.adapter else _layer(model, _plain_reads(model))
-    return kept + _attention(model, batch.queries, batch.keys)
+    return kept + _attention(model, queries, keys)
 
 
 def _attention(model: ModelShape, queries: float, keys: float) -> float:
@@ -264,7 +260,7 @@ def activation_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> 
     """
     if setting.gradient_checkpointing:
         inputs = model.n_layers * model.dtype_bytes * model.d_model
-        kept = inputs + _largest_layer(model, batch) + model.cross_attention_bytes
+        kept = inputs + _largest_layer(model, batch.queries, batch.keys) + model.cross_attention_bytes
     else:
         kept = activation_bytes_per_position(model, batch.queries, batch.keys)
     image = model.connector_bytes * bool(model.n_trained_connector)
@@ -289,7 +285,7 @@ def logit_bytes(model: ModelShape, batch: BatchShape, setting: Setting) -> float
 
 def working_bytes(model: ModelShape, setting: Setting, batch: BatchShape) -> float:
     """Bytes for the moment: gradients of what one layer kept, and its largest weight dequantized (QLoRA, section 3)."""
-    layer = _largest_layer(model, batch)
+    layer = _largest_layer(model, batch.queries, batch.keys)
     dequantized = 0.0 if model.quantization == "none" else float(model.dtype_bytes * model.largest_linear)
     return batch.rows * batch.length * layer + dequantized
 

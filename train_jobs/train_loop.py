@@ -145,7 +145,7 @@ class _Worker:
             del trained
         state = self._steps(engine, manifest, work, state)
         self._say(phase="asking after tuning")
-        after = self._ask(self._whole_model(engine))
+        after = self._ask(self._tuned_model(engine))
         if self.rank == 0:
             write_answers(self.config.folder / ANSWERS, self.questions.questions, state.before, after)
 
@@ -225,6 +225,15 @@ class _Worker:
 
     def _ask(self, model: "MultimodalLM") -> list[str]:
         return self.questions.ask(model, self.tokenizer, self.images)
+
+    def _tuned_model(self, engine: Any) -> "MultimodalLM":
+        """The model of the bundle; what is trained is changed by it, so that no checkpoint may follow."""
+        from mmllm_core.language import interpolate_adapter
+
+        model = self._whole_model(engine)
+        if self.recipe.lora:
+            interpolate_adapter(dict(model.named_parameters()), self.recipe.lora.interpolation)
+        return model
 
     def _whole_model(self, engine: Any) -> "MultimodalLM":
         """The trained model, to generate with; where ZeRO-3 shards it, workers build it anew and whole."""

@@ -46,7 +46,7 @@ def bundle_of(checkpoint: Path, outcome: RunOutcome) -> Bundle:
     """
     import torch
 
-    from mmllm_core.language import load_tokenizer
+    from mmllm_core.language import interpolate_adapter, load_tokenizer
 
     recipe, profile, origins = outcome.recipe, outcome.profile, outcome.origins
     dtype = getattr(torch, outcome.dtype)
@@ -56,8 +56,9 @@ def bundle_of(checkpoint: Path, outcome: RunOutcome) -> Bundle:
         adapter, language = origins.adapter, _carried(origins.language, origins)
         if lm_weights := _part(trained, "lm."):
             if (checkpoint / ADAPTER_CONFIG).is_file():
-                assert recipe.lora is not None
-                adapter = _write_adapter(checkpoint, lm_weights, recipe.lora.interpolation, scratch / "adapter")
+                if recipe.lora:
+                    interpolate_adapter(lm_weights, recipe.lora.interpolation)
+                adapter = _write_adapter(checkpoint, lm_weights, scratch / "adapter")
             else:
                 language = _write_lm(profile, origins, lm_weights, scratch / "language")
         vision, fingerprint = _vision(profile, origins, _part(trained, "vision."), scratch / "vision")
@@ -106,18 +107,11 @@ def _connector(recipe: Recipe, profile: Profile, origins: Origins, weights: "dic
     return connector
 
 
-def _write_adapter(checkpoint: Path, weights: "dict[str, Tensor]", interpolation: float, folder: Path) -> Path:
-    """An adapter in peft's own format, whose keys leave out the adapter's name.
-
-    Args:
-        interpolation: `LoraConfig.interpolation`; what an adapter adds, B A x, is linear in B.
-    """
+def _write_adapter(checkpoint: Path, weights: "dict[str, Tensor]", folder: Path) -> Path:
+    """An adapter in peft's own format, whose keys leave out the adapter's name."""
     folder.mkdir()
     shutil.copyfile(checkpoint / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
-    named = {
-        name.replace(".default.", "."): weight.float().contiguous() * (interpolation if ".lora_B." in name else 1)
-        for name, weight in weights.items()
-    }
+    named = {name.replace(".default.", "."): weight.float().contiguous() for name, weight in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     return folder
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from mmllm_core import language
@@ -13,6 +14,7 @@ from mmllm_core.errors import ConfigError, WeightsError
 from mmllm_core.language import (
     add_adapter,
     compute_dtype,
+    interpolate_adapter,
     load_adapter,
     load_language_model,
     load_tokenizer,
@@ -108,6 +110,20 @@ def test_the_first_layers_alone_are_adapted(folder: Path) -> None:
     assert all(".layers.0." in name for name in trained)
     with pytest.raises(ConfigError, match=r"lora\.layers: 3 and the LM has only 2 layers"):
         add_adapter(load_language_model(config(folder), folder), LoraConfig(layers=3))
+
+
+def test_an_adapter_may_be_taken_half_the_way(folder: Path) -> None:
+    lm = load_language_model(config(folder), folder)
+    adapted: Any = add_adapter(lm, LoraConfig(rank=4))
+    layers = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    whole = [layer.get_delta_weight("default") for layer in layers]
+    plain = {name: weight.clone() for name, weight in adapted.named_parameters() if "lora_B" not in name}
+    interpolate_adapter(dict(adapted.named_parameters()), 0.5)
+    for layer, delta in zip(layers, whole, strict=True):
+        torch.testing.assert_close(layer.get_delta_weight("default"), 0.5 * delta)
+    assert all(torch.equal(dict(adapted.named_parameters())[name], weight) for name, weight in plain.items())
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "nf4"])

@@ -22,7 +22,9 @@ from mmllm_core.models.resolve import resolve
 from train_jobs.checkpoint import load_weights_alone
 from train_jobs.embed_images import embed_images, embed_recipe
 from train_jobs.evaluate import evaluate
+from train_jobs.held_out import HeldOutQuestions
 from train_jobs.plan import planned_profile
+from train_jobs.run_record import read_run
 from train_jobs.stored_features import StoredFeatures
 from train_jobs.train import TrainedRun, train
 from train_jobs.train_clip import train_clip
@@ -125,6 +127,13 @@ def test_the_adapter_is_taken_as_far_as_the_recipe_says(run: TrainedRun) -> None
     for name, weight in adapter.items():
         whole = trained["lm." + name.replace(".weight", ".default.weight")]
         assert torch.allclose(weight, 0.5 * whole if "lora_B" in name else whole, rtol=2**-8), name  # bfloat16
+
+
+def test_a_run_asks_what_its_bundle_answers(run: TrainedRun) -> None:
+    questions = HeldOutQuestions(20, 0).questions
+    features = StoredFeatures(features_folder(), run.bundle.info.feature_fingerprint)
+    answers = answer_questions(run.bundle.load_model(), run.bundle.tokenizer, questions, features)
+    assert [answer.after for answer in read_run(run.folder).answers] == answers
 
 
 def test_a_run_records_what_made_it(run: TrainedRun) -> None:

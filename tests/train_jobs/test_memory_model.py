@@ -120,6 +120,8 @@ def test_checkpointing_keeps_inputs_of_layers_and_one_layer_whole() -> None:
     saving = replace(CPU, gradient_checkpointing=True)
     assert activation_bytes(deep, saving, BATCH) == pytest.approx(2 * 10 * (10 * 2 * 8 + one) + 2 * 50, rel=0.02)
     assert activation_bytes(deep, saving, BATCH) < 0.3 * activation_bytes(deep, CPU, BATCH)
+    first_alone = replace(deep, adapter=replace(ADAPTER, n_layers=1))
+    assert activation_bytes(first_alone, saving, BATCH) == activation_bytes(deep, saving, BATCH), "the largest layer"
 
 
 def test_offloading_takes_the_optimizer_and_parameters_off_the_gpu() -> None:

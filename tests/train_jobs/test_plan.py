@@ -119,6 +119,12 @@ def test_the_recommended_setting_is_the_largest_that_leaves_head_room(phi_recipe
 def test_a_recommended_micro_batch_is_counted_as_if_it_were_written(recipe: Recipe, lm_shape: Path) -> None:
     """Also what its conversations share and are filled up with, which depends on how many there are."""
     options = PlanOptions("H100", 1, lm_shape=lm_shape)
+    source = recipe.data.sources[0]
+    assert isinstance(source, ChatData)
+    question = {"role": "user", "content": "What colour is the circle? " * 3}
+    unlike = {"messages": [question, {"role": "assistant", "content": "Blue."}]}
+    with source.file.open("a", encoding="utf-8") as chats:
+        chats.write(json.dumps(unlike) + "\n")
     made = plan(recipe.model_copy(update={"micro_batch": 1}), options)
     best = made.recommended
     assert best is not None
@@ -126,7 +132,7 @@ def test_a_recommended_micro_batch_is_counted_as_if_it_were_written(recipe: Reci
     written = plan(recipe.model_copy(update={"micro_batch": best.micro_batch}), options)
     assert best.memory == written.stages[best.zero_stage].memory
     assert made.batches.keys == 1
-    assert written.batches.keys > written.batches.queries >= 1
+    assert written.batches.keys > written.batches.queries > 1
 
 
 def test_no_micro_batch_is_recommended_that_a_step_cannot_fill(phi_recipe: Recipe, phi_shape: Path) -> None:
