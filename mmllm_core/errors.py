@@ -44,6 +44,10 @@ class EngineError(MmllmError):
     """A generation engine that failed while it served a request."""
 
 
+class DeadlineError(EngineError):
+    """A request whose time was up before its answer was complete."""
+
+
 class BadInput(MmllmError):
     """Input that a caller can mend.
 

@@ -14,35 +14,102 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen and when to end. Temperature 0 is greedy."""
+    """How the next token is chosen and when to end. Temperature 0 is greedy.
+
+    Penalties change logits first, then the temperature divides them; of what is left, `top_k`, `top_p` and `min_p`
+    each strike tokens out of the same distribution.
+    """
 
     max_tokens: int = 256
+    min_tokens: int = 0
+    """Before so many, no token ends the answer; stop strings still do."""
     temperature: float = 0.0
     top_p: float = 1.0
+    """The likeliest tokens that together have this probability (arXiv:1904.09751)."""
+    top_k: int = 0
+    """So many of the likeliest; 0 for all."""
+    min_p: float = 0.0
+    """Tokens at least this share as likely as the likeliest (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens in prompt or answer (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens in the answer."""
+    frequency_penalty: float = 0.0
+    """Taken from the logits of tokens in the answer, as often as they are in it."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    """Tell each token's log-probability, and those of so many of the likeliest, from the LM's own logits."""
+    n: int = 1
+    """Answers to the one prompt; each has a seed of its own, drawn from `seed`."""
+    json_schema: str | None = None
+    """A JSON schema that the answer keeps to; `{}` for any JSON."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """One sequence to complete."""
+    """One prompt to complete: embeddings, or token ids of text alone.
+
+    Raises:
+        ValueError: neither or both are given, or `content` is not of the prompt's length.
+    """
 
     id: str
-    embeddings: "Tensor"  # (t, d_model)
+    embeddings: "Tensor | None" = None  # (t, d_model)
+    token_ids: tuple[int, ...] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    content: tuple[int, ...] | None = None
+    """What stands at each position of `embeddings`: a token id, or a negative number that tells the part of an image
+    from all others. Prompts that begin alike share their keys and values; without it nothing is shared."""
     media: "Media | None" = None
     """What the LM's layers look at, for models with cross-attention."""
+    deadline: float | None = None
+    """When its time is up, in seconds of `time.monotonic`."""
+
+    def __post_init__(self) -> None:
+        if (self.embeddings is None) == (self.token_ids is None):
+            raise ValueError(f"request {self.id}: give embeddings or token ids, one of the two")
+        if self.content is not None and len(self.content) != self.prompt_tokens:
+            raise ValueError(
+                f"request {self.id}: content of {len(self.content)} positions, and the prompt has {self.prompt_tokens}"
+            )
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Positions of the prompt."""
+        return len(self.token_ids if self.token_ids is not None else self.embeddings)  # type: ignore[arg-type]
+
+    @property
+    def keys(self) -> tuple[int, ...] | None:
+        """What stands at each position, where that is known."""
+        return self.token_ids if self.token_ids is not None else self.content
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the LM found a token, before penalties and temperature."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens and their log-probabilities, best first."""
 
 
 @dataclass(frozen=True)
 class EngineChunk:
-    """Text that became certain since the last chunk; the last one carries the finish reason."""
+    """Text that became certain since the last chunk of its answer; each answer's last one has the finish reason."""
 
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
     completion_tokens: int
     finish_reason: FinishReason | None = None
+    index: int = 0
+    """Which of the `n` answers."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of `token_ids`, where they were asked for."""
+    cached_tokens: int = 0
+    """Positions of the prompt whose keys and values were there already."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +119,8 @@ class EngineLoad:
     waiting: int
     running: int
     tokens_in_flight: int
+    kv_use: float = 0.0
+    """Share of the memory for keys and values that running requests hold."""
 
 
 class Engine(Protocol):
@@ -62,7 +131,14 @@ class Engine(Protocol):
     """
 
     def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
-        """Stream a completion. Closing the iterator aborts the request."""
+        """Stream the completions, mixed where there are several. Closing the iterator aborts the request.
+
+        Raises:
+            ConversationError: the prompt does not fit the context or the memory for keys and values.
+            BadInput: a JSON schema that cannot be kept to.
+            DeadlineError: the request's time is up.
+            EngineError: the engine failed on this request or is down.
+        """
         ...
 
     def abort(self, request_id: str) -> None:
