@@ -45,8 +45,8 @@ class KvCache:
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Put keys and values (t, h_kv, d) of a line where its layout says, slots (t,)."""
-        self.keys[layer].index_copy_(0, slots, keys)
-        self.values[layer].index_copy_(0, slots, values)
+        self.keys[layer].index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.values[layer].index_copy_(0, slots, values.to(self.values.dtype))
 
 
 def page_bytes(n_layers: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -42,8 +42,6 @@ class SamplingParams:
     """Tell each token's log-probability, and those of so many of the likeliest, from the LM's own logits."""
     n: int = 1
     """Answers to the one prompt; each has a seed of its own, drawn from `seed`."""
-    json_schema: str | None = None
-    """A JSON schema that the answer keeps to; `{}` for any JSON."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,13 @@ class EngineRequest:
 
     id: str
     embeddings: "Tensor | None" = None  # (t, d_model)
-    token_ids: tuple[int, ...] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    media: "Media | None" = None
+    """What the LM's layers look at, for models with cross-attention."""
+    token_ids: tuple[int, ...] | None = None
     content: tuple[int, ...] | None = None
     """What stands at each position of `embeddings`: a token id, or a negative number that tells the part of an image
     from all others. Prompts that begin alike share their keys and values; without it nothing is shared."""
-    media: "Media | None" = None
-    """What the LM's layers look at, for models with cross-attention."""
     deadline: float | None = None
     """When its time is up, in seconds of `time.monotonic`."""
 
@@ -135,7 +133,6 @@ class Engine(Protocol):
 
         Raises:
             ConversationError: the prompt does not fit the context or the memory for keys and values.
-            BadInput: a JSON schema that cannot be kept to.
             DeadlineError: the request's time is up.
             EngineError: the engine failed on this request or is down.
         """

@@ -1,8 +1,10 @@
-"""The embedded engine: any Hugging Face causal LM on CPU or GPU.
+"""The embedded engine: any Hugging Face causal LM with attention that can be paged, on CPU or GPU.
 
-In: prompt embeddings. Out: streamed text. One thread owns the model and advances every running sequence by a
-token in turn, so a long answer never keeps a short one waiting. Sequences are not batched into one forward.
-Does not know images, HTTP or Ray.
+In: prompts in embeddings or tokens. Out: streamed text. One thread owns the model and advances all running sequences at
+once, a step at a time (continuous batching: Orca, Yu et al., OSDI 2022): those that decode by a token each, and prompts
+by as much as the step has room for, so that a long prompt keeps nobody waiting (chunked prefill: Sarathi, Agrawal et
+al., 2023, arXiv:2308.16369). A sequence starts when there are pages for all that it may take, so memory cannot run out
+midway. Does not know images, HTTP or Ray.
 """
 
 import asyncio
@@ -10,17 +12,22 @@ import contextlib
 import logging
 import queue
 import threading
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest, FinishReason
-from mmllm_core.engine.text_stream import TextStream
-from mmllm_core.errors import ConversationError, EngineError
+from mmllm_core.engine.line_media import LineMedia
+from mmllm_core.engine.page_pool import PagePool
+from mmllm_core.engine.paged_attention import PAGE, KvCache, StepLayout, page_bytes
+from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
+from mmllm_core.engine.sampler import choose
+from mmllm_core.engine.sequence import Call, Chunks, Sequence
+from mmllm_core.engine.step import PlainStep
+from mmllm_core.errors import ConversationError, DeadlineError, EngineError
 from mmllm_core.language import stop_token_ids
 
 if TYPE_CHECKING:
@@ -30,15 +37,24 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+Item = EngineChunk | BaseException
+
 
 class TransformersEngine:
     """Implements `mmllm_core.engine.protocol.Engine`.
 
     Args:
-        lm: the causal LM, plain or wrapped by peft; used from one thread only.
+        lm: the causal LM, plain or wrapped by peft; used from one thread only, and by this engine alone.
         tokenizer: its tokenizer.
         context_length: most positions that prompt and answer may take together.
-        showing: lets the LM's layers look at a request's media within a block (`MultimodalLM.showing`).
+        showing: lets the LM's layers look at media within a block (`MultimodalLM.showing`).
+        kv_cache_bytes: memory for keys and values, taken at once.
+        max_sequences: that run at a time.
+        step_tokens: positions of a step; prompts are computed so many at a time, less what decodes.
+
+    Raises:
+        ConfigError: the LM's attention cannot be paged.
+        EngineError: `kv_cache_bytes` do not hold a page.
     """
 
     def __init__(
@@ -48,62 +64,73 @@ class TransformersEngine:
         *,
         context_length: int,
         showing: "Callable[[Media | None], AbstractContextManager[object]]" = contextlib.nullcontext,
+        kv_cache_bytes: int = 1_000_000_000,
+        max_sequences: int = 64,
+        step_tokens: int = 256,
     ):
-        self._lm = lm
+        self._lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
         self._showing = showing
         self._tokenizer = tokenizer
-        self._context_length = context_length
+        self._embed = self._lm.get_input_embeddings()
+        self._device = self._embed.weight.device
         self._stop_ids = stop_token_ids(lm, tokenizer)
-        self._incoming: queue.SimpleQueue[_Sequence | None] = queue.SimpleQueue()
-        self._sequences: dict[str, _Sequence] = {}
+        cache = _kv_cache(self._lm.config, kv_cache_bytes, context_length, max_sequences, self._embed.weight)
+        self._pool = PagePool(cache.n_pages)
+        self._context_length = context_length
+        self._capacity = cache.n_pages * PAGE
+        self._max_sequences = max_sequences
+        self._step_tokens = step_tokens
+        self._step = PlainStep(self._lm, cache)
+        self._media = LineMedia()
+        self._incoming: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
+        self._calls: dict[int, Call] = {}
+        """By their own identity: two may have one id."""
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
         self._failure: BaseException | None = None
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
-        """Stream a completion. Closing the iterator aborts the request.
-
-        Raises:
-            ConversationError: prompt and `max_tokens` do not fit the context.
-            EngineError: the engine failed on this request or is down.
-        """
+        """As `Engine.generate`."""
         self.health()
-        prompt_tokens = request.embeddings.shape[0]
-        if prompt_tokens + 1 > self._context_length:
-            raise ConversationError(
-                f"the prompt takes {prompt_tokens} tokens and the context holds {self._context_length}: shorten it",
-                "messages",
-            )
-        sequence = _Sequence(request, asyncio.get_running_loop(), TextStream(self._tokenizer, request.sampling.stop))
-        self._sequences[request.id] = sequence
+        limit = self._limit(request)
+        call = Call(request, asyncio.get_running_loop())
+        self._calls[id(call)] = call
         try:
-            self._incoming.put(sequence)
-            if self._ended:  # the thread saw `_sequences` before or will never see this one
+            first: Sequence | None = None
+            for index in range(request.sampling.n):
+                sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids, first)
+                first = first or sequence
+                self._incoming.put(sequence)
+            if self._ended:  # the thread saw `_calls` before or will never see this one
                 self.health()
-            while True:
-                item = await sequence.chunks.get()
+            unfinished = request.sampling.n
+            while unfinished:
+                item = await call.chunks.get()
+                if isinstance(item, EngineError):
+                    raise item
                 if isinstance(item, BaseException):
                     raise EngineError(f"generation failed: {item}") from item
                 yield item
-                if item.finish_reason is not None:
-                    return
+                unfinished -= item.finish_reason is not None
         finally:
-            sequence.aborted = True
-            if self._sequences.get(request.id) is sequence:
-                del self._sequences[request.id]
+            call.aborted = True
+            self._calls.pop(id(call), None)
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown ids are ignored."""
-        if sequence := self._sequences.get(request_id):
-            sequence.aborted = True
+        for call in list(self._calls.values()):
+            if call.request.id == request_id:
+                call.aborted = True
 
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
-        sequences = list(self._sequences.values())
-        running = [s for s in sequences if s.cache is not None]
-        tokens = sum(s.request.embeddings.shape[0] + len(s.token_ids) for s in running)
-        return EngineLoad(waiting=len(sequences) - len(running), running=len(running), tokens_in_flight=tokens)
+        calls, running = list(self._calls.values()), list(self._running)
+        known = sum(call.request.sampling.n for call in calls)
+        tokens = sum(s.prompt_tokens + len(s.token_ids) for s in running)
+        return EngineLoad(max(0, known - len(running)), len(running), tokens, self._pool.n_held / self._pool.n_pages)
 
     def health(self) -> None:
         """Raise `EngineError` if the engine's thread has ended."""
@@ -112,127 +139,182 @@ class TransformersEngine:
 
     def shutdown(self) -> None:
         """End all requests and the engine's thread."""
-        for sequence in list(self._sequences.values()):
-            sequence.aborted = True
         self._incoming.put(None)
         self._thread.join(timeout=30)
 
+    def _limit(self, request: EngineRequest) -> int:
+        """Positions that prompt and answer may take.
+
+        Raises:
+            ConversationError: there is no room for a prompt of that length and a token.
+        """
+        most = min(self._context_length, self._capacity)
+        if request.prompt_tokens + 1 > most:
+            what = "the context" if most == self._context_length else "the memory for keys and values"
+            raise ConversationError(
+                f"the prompt takes {request.prompt_tokens} tokens and {what} holds {most}: shorten it", "messages"
+            )
+        return min(most, request.prompt_tokens + request.sampling.max_tokens)
+
     @torch.inference_mode()
     def _run(self) -> None:
-        running: list[_Sequence] = []
         try:
-            while True:
-                arrived = self._arrivals(block=not running)
-                running += [s for s in arrived if s is not None]
-                if None in arrived:
-                    self._ended = True
-                    for sequence in [*running, *list(self._sequences.values())]:
-                        if not sequence.finished:
-                            self._finish(sequence, "abort")
-                    return
-                for sequence in list(running):
-                    self._advance(sequence)
-                    if sequence.finished:
-                        running.remove(sequence)
+            while self._receive(block=not self._running and not self._waiting):
+                sent: list[tuple[Call, Item]] = []
+                self._drop(sent)
+                self._admit(sent)
+                if self._running:
+                    self._advance(sent)
+                self._send(sent)
+            self._ended = True
+            while not self._incoming.empty():
+                self._receive(block=False)
+            self._send([(s.call, s.finish("abort")) for s in (*self._running, *self._waiting)])
         except BaseException as error:  # the thread's last words: health() and waiting callers repeat them
             self._failure = error
             self._ended = True
             _log.exception("the engine's thread died")
-            for sequence in list(self._sequences.values()):
-                sequence.send(error)
+            self._send([(call, EngineError(f"the engine died: {error}")) for call in list(self._calls.values())])
+        self._running, self._waiting = [], deque()
 
-    def _arrivals(self, *, block: bool) -> list["_Sequence | None"]:
-        arrived = [self._incoming.get()] if block else []
+    def _receive(self, *, block: bool) -> bool:
+        """Take what has arrived; False if the engine shall end."""
         with contextlib.suppress(queue.Empty):
             while True:
-                arrived.append(self._incoming.get_nowait())
-        return arrived
+                sequence = self._incoming.get(block=block)
+                if sequence is None:
+                    return False
+                self._waiting.append(sequence)
+                block = False
+        return True
 
-    def _advance(self, sequence: "_Sequence") -> None:
-        """One token more for one sequence; its failure is its own."""
+    def _drop(self, sent: list[tuple[Call, Item]]) -> None:
+        """End sequences that nobody waits for any more, or whose time is up."""
+        for sequence in [*self._running, *self._waiting]:
+            if sequence.call.aborted:
+                sent.append((sequence.call, sequence.finish("abort")))
+            elif sequence.call.late:
+                self._fail(sequence, DeadlineError("the request's time is up"), sent)
+        self._waiting = deque(s for s in self._waiting if not s.finished)
+        self._retire()
+
+    def _admit(self, sent: list[tuple[Call, Item]]) -> None:
+        """Let sequences run, in the order in which they came, as long as there is room."""
+        held_up: deque[Sequence] = deque()
+        while self._waiting and len(self._running) < self._max_sequences:
+            sequence = self._waiting.popleft()
+            if not sequence.ready:
+                held_up.append(sequence)
+                continue
+            if not sequence.admit(self._pool):
+                held_up.append(sequence)
+                break
+            try:
+                sequence.embeddings = self._prompt(sequence.call.request)
+            except Exception as error:
+                self._fail(sequence, error, sent)
+            self._running.append(sequence)
+        self._waiting.extendleft(reversed(held_up))
+        self._retire()
+
+    def _prompt(self, request: EngineRequest) -> Tensor:
+        """Embeddings (t, d_model) of a prompt."""
+        if request.embeddings is None:
+            return self._embed(torch.tensor(request.token_ids, device=self._device))
+        if request.embeddings.shape[1:] != self._embed.weight.shape[1:]:
+            raise EngineError(
+                f"embeddings of shape {tuple(request.embeddings.shape)}, and the LM's are {self._embed.weight.shape[1]} wide"
+            )
+        return request.embeddings.to(self._device, self._embed.weight.dtype)
+
+    def _advance(self, sent: list[tuple[Call, Item]]) -> None:
+        """One step for all; where that fails, one for each alone, so that a failure is its own."""
+        plan = self._plan()
         try:
-            if sequence.aborted:
-                self._finish(sequence, "abort")
-                return
-            token = sequence.choose(self._forward(sequence))
-            if token in self._stop_ids:
-                self._finish(sequence, "stop", sequence.text.flush())
-                return
-            sequence.token_ids.append(token)
-            text = sequence.text.push(token)
-            if sequence.text.stopped:
-                self._finish(sequence, "stop", text)
-            elif self._is_full(sequence):
-                self._finish(sequence, "length", text + sequence.text.flush())
-            elif text:
-                sequence.send(sequence.chunk(text, None))
+            self._compute(plan, sent)
         except Exception as error:
-            _log.exception("request %s failed", sequence.request.id)
-            sequence.finished = True
-            sequence.cache = None
-            sequence.send(error)
+            if len(plan) > 1:
+                _log.warning("a step of %d sequences failed (%s): trying each alone", len(plan), error)
+            for sequence, n in plan:
+                if sequence.finished:
+                    continue
+                try:
+                    self._compute([(sequence, n)], sent)
+                except Exception as own:
+                    _log.exception("request %s failed", sequence.call.request.id)
+                    self._fail(sequence, own, sent)
+        self._retire()
 
-    def _forward(self, sequence: "_Sequence") -> Tensor:
-        """Logits (vocab,) of the next token."""
-        if sequence.cache is None:
-            inputs = {"inputs_embeds": sequence.request.embeddings.unsqueeze(0)}  # (1, t, d_model)
-        else:
-            inputs = {"input_ids": torch.tensor([[sequence.token_ids[-1]]], device=self._lm.device)}
-        with self._showing(sequence.request.media):
-            output = self._lm(**inputs, past_key_values=sequence.cache, use_cache=True, logits_to_keep=1)
-        sequence.cache = output.past_key_values
-        return output.logits[0, -1].float()
+    def _plan(self) -> list[tuple[Sequence, int]]:
+        """Which sequences take part in a step, and with how many positions; those that decode come first."""
+        plan = [(s, 1) for s in self._running if s.decoding]
+        room = max(1, self._step_tokens - len(plan))
+        for sequence in self._running:
+            if not sequence.decoding and room > 0:
+                n = min(room, sequence.prompt_tokens - sequence.n_computed)
+                plan.append((sequence, n))
+                room -= n
+        return plan
 
-    def _is_full(self, sequence: "_Sequence") -> bool:
-        used = sequence.request.embeddings.shape[0] + len(sequence.token_ids)
-        return len(sequence.token_ids) >= sequence.request.sampling.max_tokens or used >= self._context_length
+    def _compute(self, plan: list[tuple[Sequence, int]], sent: list[tuple[Call, Item]]) -> None:
+        decoding = [s for s, _ in plan if s.decoding]
+        prompts = [(s, n) for s, n in plan if not s.decoding]
+        layout = StepLayout.of(
+            [(s.pages, s.n_computed) for s in decoding],
+            [(s.pages, s.n_computed, n, s.n_computed + n == s.prompt_tokens) for s, n in prompts],
+            self._device,
+        )
+        line = [s.embeddings[s.n_computed : s.n_computed + n] for s, n in prompts if s.embeddings is not None]
+        if decoding:
+            line.insert(0, self._embed(torch.tensor([s.token_ids[-1] for s in decoding], device=self._device)))
+        media = self._media.of([(s.call.request.media, s.n_computed, n) for s, n in plan])
+        with self._showing(media):
+            logits = self._step(torch.cat(line), layout)  # (n_last, vocab)
+        for sequence, n in plan:
+            sequence.computed(n, self._pool)
+        chosen = [s for s, _ in plan if s.decoding]
+        for sequence, choice in zip(chosen, choose(logits, [s.sampling for s in chosen]), strict=True):
+            if choice is None:
+                self._fail(sequence, EngineError("the LM gave a logit that is not finite"), sent)
+                continue
+            sequence.embeddings = None
+            if chunk := sequence.take(choice):
+                sent.append((sequence.call, chunk))
 
-    def _finish(self, sequence: "_Sequence", reason: FinishReason, text: str = "") -> None:
+    def _fail(self, sequence: Sequence, error: BaseException, sent: list[tuple[Call, Item]]) -> None:
         sequence.finished = True
-        sequence.cache = None
-        sequence.send(sequence.chunk(text, reason))
+        sequence.call.aborted = True
+        sent.append((sequence.call, error))
+
+    def _retire(self) -> None:
+        for sequence in self._running:
+            if sequence.finished:
+                sequence.release(self._pool)
+        self._running = [s for s in self._running if not s.finished]
+
+    def _send(self, items: list[tuple[Call, Item]]) -> None:
+        """Hand items to the callers' event loops, one call a loop; a loop may be gone."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Chunks, Item]]] = defaultdict(list)
+        for call, item in items:
+            by_loop[call.loop].append((call.chunks, item))
+        for loop, deliveries in by_loop.items():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_deliver, deliveries)
 
 
-@dataclass(eq=False)
-class _Sequence:
-    """A request on its way."""
+def _deliver(deliveries: list[tuple[Chunks, Item]]) -> None:
+    for chunks, item in deliveries:
+        chunks.put_nowait(item)
 
-    request: EngineRequest
-    loop: asyncio.AbstractEventLoop
-    text: TextStream
-    chunks: asyncio.Queue[EngineChunk | BaseException] = field(default_factory=asyncio.Queue)
-    token_ids: list[int] = field(default_factory=list)
-    cache: Any = None
-    sent: int = 0
-    aborted: bool = False
-    finished: bool = False
-    generator: torch.Generator = field(default_factory=torch.Generator)
 
-    def __post_init__(self) -> None:
-        seed = self.request.sampling.seed
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed % 2**63)
-
-    def choose(self, logits: Tensor) -> int:
-        """Next token id from logits (vocab,): greedy at temperature 0, else nucleus sampling on the CPU,
-        where the generator lives (arXiv:1904.09751)."""
-        sampling = self.request.sampling
-        if sampling.temperature <= 0:
-            return int(logits.argmax())
-        probabilities = torch.softmax(logits.cpu() / sampling.temperature, dim=-1)
-        ordered, ids = probabilities.sort(descending=True)
-        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0.0
-        return int(ids[torch.multinomial(ordered, 1, generator=self.generator)])
-
-    def chunk(self, text: str, reason: FinishReason | None) -> EngineChunk:
-        """What became certain since the last chunk."""
-        new_ids = tuple(self.token_ids[self.sent :])
-        self.sent = len(self.token_ids)
-        return EngineChunk(text, new_ids, self.request.embeddings.shape[0], len(self.token_ids), reason)
-
-    def send(self, item: EngineChunk | BaseException) -> None:
-        """Hand an item to the caller's event loop, which may be gone."""
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(self.chunks.put_nowait, item)
+def _kv_cache(config: Any, n_bytes: int, context_length: int, max_sequences: int, like: Tensor) -> KvCache:
+    """Memory for keys and values: what was granted, but no more than can be used."""
+    n_heads = config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    n_layers = config.num_hidden_layers
+    n_pages = n_bytes // page_bytes(n_layers, n_kv_heads, head_dim, like.dtype)
+    if n_pages < 1:
+        raise EngineError(f"kv_cache_bytes: {n_bytes} do not hold a page of keys and values: raise it")
+    n_pages = min(n_pages, max_sequences * -(-context_length // PAGE))
+    return KvCache(n_layers, n_pages, n_kv_heads, head_dim, like.dtype, like.device)

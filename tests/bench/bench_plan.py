@@ -74,7 +74,9 @@ def main() -> None:
         mmllm("train", "embedded-clip", "steps=5")
         mmllm("embed", options.recipe, *settings)
         workers = watch([sys.executable, "-m", "cluster.cli", "train", options.recipe, *settings])
-        steps = [entry for entry in read_metrics(runs_folder() / recipe.name / "metrics.jsonl") if "step_seconds" in entry]
+        steps = [
+            entry for entry in read_metrics(runs_folder() / recipe.name / "metrics.jsonl") if "step_seconds" in entry
+        ]
     if len(workers) != recipe.workers:
         raise SystemExit(
             f"{len(workers)} workers were seen of {recipe.workers}: does the home hold its bundle already?"

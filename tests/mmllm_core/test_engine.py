@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -14,15 +15,20 @@ from mmllm_core.errors import ConversationError, EngineError
 from tests.conftest import TinyLM
 
 MakeEngine = Callable[..., TransformersEngine]
+PLAIN: "WeakKeyDictionary[TransformersEngine, Any]" = WeakKeyDictionary()
+"""The same LM as each engine's, for the engine's own attends to pages alone."""
 
 
 @pytest.fixture
 def make_engine(tiny_lm: TinyLM, tokenizer: Any) -> Iterator[MakeEngine]:
     engines = []
 
-    def make(model_type: str = "llama", context_length: int = 256) -> TransformersEngine:
-        engines.append(TransformersEngine(tiny_lm(model_type), tokenizer, context_length=context_length))
-        return engines[-1]
+    def make(model_type: str = "llama", context_length: int = 256, **settings: Any) -> TransformersEngine:
+        lm = tiny_lm(model_type)
+        engine = TransformersEngine(lm, tokenizer, context_length=context_length, **settings)
+        engines.append(engine)
+        PLAIN[engine] = tiny_lm(model_type)
+        return engine
 
     yield make
     for engine in engines:
@@ -44,14 +50,18 @@ def tokens(chunks: list[EngineChunk]) -> list[int]:
 
 def reference(engine: TransformersEngine, ids: list[int], n: int) -> list[int]:
     """What `model.generate` says, without the token that ended it."""
-    output = engine._lm.generate(
-        inputs_embeds=prompt(engine, ids).unsqueeze(0),
-        attention_mask=torch.ones(1, len(ids)),
-        max_new_tokens=n,
-        do_sample=False,
-        eos_token_id=engine._stop_ids or -1,
-        pad_token_id=0,
-    )[0].tolist()
+    output = (
+        PLAIN[engine]
+        .generate(
+            inputs_embeds=prompt(engine, ids).unsqueeze(0),
+            attention_mask=torch.ones(1, len(ids)),
+            max_new_tokens=n,
+            do_sample=False,
+            eos_token_id=engine._stop_ids or -1,
+            pad_token_id=0,
+        )[0]
+        .tolist()
+    )
     return output[:-1] if output[-1] in engine._stop_ids else output
 
 
