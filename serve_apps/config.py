@@ -141,6 +141,10 @@ class PhiConfig(ModelDeploymentConfig):
 
     modality = "text"
 
+    kv_cache_bytes: int = Field(default=1_000_000_000, gt=0)
+    """Memory for keys and values of prompts and answers, taken when a replica starts; requests wait for room in it."""
+    step_tokens: int = Field(default=256, gt=0)
+    """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)
     """Text that comes within it travels together; the first piece never waits."""
 

@@ -8,13 +8,16 @@ HTTP, image files or sound.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mmllm_core.bundle import Bundle
-from mmllm_core.conversation import render
+from mmllm_core.conversation import IMAGE_TOKEN_ID, render
 from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from serve_apps.config import PhiConfig
@@ -42,6 +45,9 @@ class PhiDeployment:
             self._tokenizer,
             context_length=self._context_length,
             showing=self._model.showing,
+            kv_cache_bytes=config.kv_cache_bytes,
+            max_sequences=config.max_ongoing_requests,
+            step_tokens=config.step_tokens,
         )
 
     async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:
@@ -82,8 +88,28 @@ class PhiDeployment:
         features = None
         if prompt.features is not None:
             features = torch.from_numpy(prompt.features.astype(np.float32)).to(self._device)
-        embeddings = self._model.embed(input_ids, features)[0]  # (t, d_model)
-        return EngineRequest(prompt.id, embeddings, prompt.sampling, self._model.media(input_ids, features))
+        return EngineRequest(
+            prompt.id,
+            self._model.embed(input_ids, features)[0],  # (t, d_model)
+            prompt.sampling,
+            self._model.media(input_ids, features),
+            content=content_of(rendered.input_ids, prompt.features, self._n_image_tokens),
+        )
+
+
+def content_of(input_ids: Sequence[int], features: NDArray[np.float16] | None, n_image_tokens: int) -> tuple[int, ...]:
+    """What stands at each position of a prompt: token ids, and negative numbers that name an image's content.
+
+    Args:
+        input_ids: images as runs of `n_image_tokens` times `IMAGE_TOKEN_ID`.
+        features: (n_images, n, d_vision) in order of appearance.
+    """
+    parts: list[int] = []
+    for image in () if features is None else features:
+        digest = int.from_bytes(blake2b(np.ascontiguousarray(image).tobytes(), digest_size=7).digest())
+        parts += [-1 - digest - i for i in range(n_image_tokens)]
+    of_images = iter(parts)
+    return tuple(next(of_images) if token == IMAGE_TOKEN_ID else token for token in input_ids)
 
 
 async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> AsyncGenerator[EngineChunk, None]:
@@ -123,10 +149,9 @@ async def _next(chunks: AsyncIterator[EngineChunk]) -> EngineChunk | None:
 
 def _merged(chunks: Sequence[EngineChunk]) -> EngineChunk:
     last = chunks[-1]
-    return EngineChunk(
+    return replace(
+        last,
         text="".join(chunk.text for chunk in chunks),
         token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        prompt_tokens=last.prompt_tokens,
-        completion_tokens=last.completion_tokens,
-        finish_reason=last.finish_reason,
+        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
     )

@@ -1,4 +1,4 @@
-"""What the positions of a step's line look at, of sequences each with images of its own. Knows cross-attention alone."""
+"""What the positions of a step's line look at, where each sequence has its own images. Knows cross-attention alone."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """Who holds which pages of keys and values, and which pages hold what.
 
-A page that is full of known content is named by a hash of all content up to its end, so that a prompt which begins alike
-finds it again, while it is in use or until its place is needed: the page unused longest goes first. Knows numbers of
-pages alone, not the memory behind them.
+A page that is full of known content is named by a hash of all content up to its end, so that a prompt which begins
+alike finds it again, while it is in use or until its place is needed: the page unused longest goes first. Knows numbers
+of pages alone, not the memory behind them.
 """
 
 from array import array

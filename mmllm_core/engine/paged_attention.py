@@ -76,6 +76,7 @@ class StepLayout:
     n_decoding: int
     chunks: tuple[Chunk, ...]
     last: Tensor  # int64 (n_last,): places in the line whose logits are asked for
+    rows: Tensor  # int64 (t,): the sequence of each position
 
     @classmethod
     def of(
@@ -106,7 +107,8 @@ class StepLayout:
             if ends:
                 last.append(begin - 1)
         line = torch.cat(positions)  # (t,)
-        slots = table[torch.cat(rows), line // PAGE].long() * PAGE + line % PAGE  # (t,)
+        row = torch.cat(rows)
+        slots = table[row, line // PAGE].long() * PAGE + line % PAGE  # (t,)
         lengths = [at + 1 for _, at in decoding] + [start + length for _, start, length, _ in chunks]
         return cls(
             line.to(device),
@@ -116,6 +118,7 @@ class StepLayout:
             n,
             tuple(laid),
             torch.tensor(last, dtype=torch.int64).to(device),
+            row.to(device),
         )
 
     @cached_property
@@ -174,8 +177,8 @@ def attend(
         k, v = (x[slots].transpose(0, 1).unsqueeze(0) for x in (keys, values))  # (1, h_kv, length, d)
         before = len(slots) - chunk.length
         whole = before == 0 and (window is None or window >= len(slots))
-        mask = None if whole else _causal(chunk.length, before, window, query.device)
-        found = scaled_dot_product_attention(q, k, v, mask, is_causal=whole, scale=scaling, enable_gqa=True)
+        sees = None if whole else _causal(chunk.length, before, window, query.device)
+        found = scaled_dot_product_attention(q, k, v, sees, is_causal=whole, scale=scaling, enable_gqa=True)
         out.append(found[0].transpose(0, 1))
     return torch.cat(out)
 

@@ -107,9 +107,7 @@ def _sample(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
     device = scores.device
     scores = scores / torch.tensor([p.temperature for p in params], device=device)[:, None]
     total = scores.logsumexp(-1, keepdim=True)
-    uniform = torch.stack([torch.rand((), generator=s.generator, dtype=torch.float64) for s in states])[:, None].to(
-        device
-    )
+    uniform = torch.stack([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in states]).to(device)
     top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)[:, None]
     top_k = torch.tensor([p.top_k or scores.shape[1] for p in params], device=device)[:, None]
     min_p = torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device)[:, None]

@@ -11,6 +11,7 @@ from mmllm_core.engine.page_pool import PageName, PagePool, page_names
 from mmllm_core.engine.paged_attention import PAGE
 from mmllm_core.engine.protocol import EngineChunk, EngineRequest, FinishReason, TokenLogprob
 from mmllm_core.engine.sampler import Choice, SamplingState
+from mmllm_core.engine.step import Rope
 from mmllm_core.engine.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Sequence:
     Args:
         limit: positions that prompt and answer may take together.
         after: the answer to the same prompt that is computed first, whose pages this one shares.
+        rope: how its positions are told (`mmllm_core.engine.step.Step.rope_of`).
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class Sequence:
         tokenizer: "PreTrainedTokenizerBase",
         stop_ids: list[int],
         after: "Sequence | None" = None,
+        rope: Rope = "near",
     ):
         request = call.request
         self.call = call
         self.index = index
         self.limit = limit
         self.after = after
+        self.rope: Rope = rope
         self.stop_ids = stop_ids
         self.text = TextStream(tokenizer, request.sampling.stop)
         prompt = frozenset(key for key in request.keys or () if key >= 0)
@@ -91,7 +95,7 @@ class Sequence:
 
         At least one position of the prompt is left to compute, for its logits.
         """
-        names = page_names(self.call.request.keys or ())[: (self.prompt_tokens - 1) // PAGE]
+        names = page_names(self.call.request.keys or (), self.rope.encode())[: (self.prompt_tokens - 1) // PAGE]
         taken = pool.take(-(-self.limit // PAGE), names)
         if taken is None:
             return False
@@ -110,7 +114,7 @@ class Sequence:
         if n_full > len(self._names):
             begin = len(self._names) * PAGE
             all_keys = [*keys, *self.token_ids]
-            names = page_names(all_keys[begin : n_full * PAGE], self._names[-1] if self._names else b"")
+            names = page_names(all_keys[begin : n_full * PAGE], self._names[-1] if self._names else self.rope.encode())
             for page, name in zip(self.pages[len(self._names) :], names, strict=False):
                 pool.publish(page, name)
             self._names += names

@@ -53,7 +53,7 @@ class TransformersEngine:
         step_tokens: positions of a step; prompts are computed so many at a time, less what decodes.
 
     Raises:
-        ConfigError: the LM's attention cannot be paged.
+        ConfigError: the LM's attention cannot be paged, or its positions not be counted as far as the context goes.
         EngineError: `kv_cache_bytes` do not hold a page.
     """
 
@@ -80,7 +80,7 @@ class TransformersEngine:
         self._capacity = cache.n_pages * PAGE
         self._max_sequences = max_sequences
         self._step_tokens = step_tokens
-        self._step = PlainStep(self._lm, cache)
+        self._step = PlainStep(self._lm, cache, context_length)
         self._media = LineMedia()
         self._incoming: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._calls: dict[int, Call] = {}
@@ -96,12 +96,13 @@ class TransformersEngine:
         """As `Engine.generate`."""
         self.health()
         limit = self._limit(request)
+        rope = self._step.rope_of(limit)
         call = Call(request, asyncio.get_running_loop())
         self._calls[id(call)] = call
         try:
             first: Sequence | None = None
             for index in range(request.sampling.n):
-                sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids, first)
+                sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids, first, rope)
                 first = first or sequence
                 self._incoming.put(sequence)
             if self._ended:  # the thread saw `_calls` before or will never see this one
@@ -223,7 +224,7 @@ class TransformersEngine:
             return self._embed(torch.tensor(request.token_ids, device=self._device))
         if request.embeddings.shape[1:] != self._embed.weight.shape[1:]:
             raise EngineError(
-                f"embeddings of shape {tuple(request.embeddings.shape)}, and the LM's are {self._embed.weight.shape[1]} wide"
+                f"embeddings of shape {tuple(request.embeddings.shape)} for an LM {self._embed.weight.shape[1]} wide"
             )
         return request.embeddings.to(self._device, self._embed.weight.dtype)
 
@@ -269,7 +270,7 @@ class TransformersEngine:
             line.insert(0, self._embed(torch.tensor([s.token_ids[-1] for s in decoding], device=self._device)))
         media = self._media.of([(s.call.request.media, s.n_computed, n) for s, n in plan])
         with self._showing(media):
-            logits = self._step(torch.cat(line), layout)  # (n_last, vocab)
+            logits = self._step(torch.cat(line), layout, [s.rope for s, _ in plan])  # (n_last, vocab)
         for sequence, n in plan:
             sequence.computed(n, self._pool)
         chosen = [s for s, _ in plan if s.decoding]
