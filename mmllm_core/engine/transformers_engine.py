@@ -128,8 +128,11 @@ class TransformersEngine:
 
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
-        calls, running = list(self._calls.values()), list(self._running)
-        known = sum(call.request.sampling.n for call in calls)
+        calls = list(self._calls.values())
+        running = [
+            s for s in list(self._running) if not s.call.aborted
+        ]  # the thread lets go of those with its next step
+        known = sum(call.request.sampling.n for call in calls if not call.aborted)
         tokens = sum(s.prompt_tokens + len(s.token_ids) for s in running)
         return EngineLoad(max(0, known - len(running)), len(running), tokens, self._pool.n_held / self._pool.n_pages)
 
