@@ -5,7 +5,7 @@ In: queries, keys and values of the line, a `StepLayout` and a `KvCache`. Out: w
 positions of its own sequence so far. Does not know tokens, nor who owns which page.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,7 @@ class StepLayout:
     chunks: tuple[Chunk, ...]
     last: Tensor  # int64 (n_last,): places in the line whose logits are asked for
     rows: Tensor  # int64 (t,): the sequence of each position
+    masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -130,7 +131,12 @@ class StepLayout:
         return self.pages[:n].long()[:, at // PAGE] * PAGE + at % PAGE
 
     def decoding_mask(self, window: int | None) -> Tensor:
-        """Which of `decoding_slots` a sequence sees, bool (n_decoding, 1, 1, longest)."""
+        """Which of `decoding_slots` a sequence sees, bool (n_decoding, 1, 1, longest); all layers ask for the same."""
+        if window not in self.masks:
+            self.masks[window] = self._decoding_mask(window)
+        return self.masks[window]
+
+    def _decoding_mask(self, window: int | None) -> Tensor:
         lengths = self.lengths[: self.n_decoding, None]
         at = torch.arange(self.decoding_slots.shape[1], device=lengths.device)
         sees = at < lengths
@@ -170,8 +176,8 @@ def attend(
     if n := layout.n_decoding:
         k, v = (x[layout.decoding_slots].transpose(1, 2) for x in (keys, values))  # (n, h_kv, longest, d)
         mask = layout.decoding_mask(window)
-        q = query[:n].unsqueeze(2)  # (n, h, 1, d)
-        out.append(scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=True).squeeze(2))
+        q = query[:n].unflatten(1, (keys.shape[1], -1))  # (n, h_kv, h / h_kv, d): heads of a group as if positions
+        out.append(scaled_dot_product_attention(q, k, v, mask, scale=scaling).flatten(1, 2))
     for chunk, slots in zip(layout.chunks, layout.chunk_slots, strict=True):
         q = query[chunk.begin : chunk.begin + chunk.length].transpose(0, 1).unsqueeze(0)  # (1, h, n, d)
         k, v = (x[slots].transpose(0, 1).unsqueeze(0) for x in (keys, values))  # (1, h_kv, length, d)

@@ -10,8 +10,8 @@ from torch import Tensor
 from mmllm_core.engine.page_pool import PageName, PagePool, page_names
 from mmllm_core.engine.paged_attention import PAGE
 from mmllm_core.engine.protocol import EngineChunk, EngineRequest, FinishReason, TokenLogprob
+from mmllm_core.engine.rope import Rope
 from mmllm_core.engine.sampler import Choice, SamplingState
-from mmllm_core.engine.step import Rope
 from mmllm_core.engine.text_stream import TextStream
 
 if TYPE_CHECKING:

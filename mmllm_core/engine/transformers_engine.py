@@ -26,7 +26,7 @@ from mmllm_core.engine.paged_attention import PAGE, KvCache, StepLayout, page_by
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.sampler import choose
 from mmllm_core.engine.sequence import Call, Chunks, Sequence
-from mmllm_core.engine.step import PlainStep
+from mmllm_core.engine.step import step_of
 from mmllm_core.errors import ConversationError, DeadlineError, EngineError
 from mmllm_core.language import stop_token_ids
 
@@ -80,7 +80,7 @@ class TransformersEngine:
         self._capacity = cache.n_pages * PAGE
         self._max_sequences = max_sequences
         self._step_tokens = step_tokens
-        self._step = PlainStep(self._lm, cache, context_length)
+        self._step = step_of(self._lm, cache, context_length)
         self._media = LineMedia()
         self._incoming: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._calls: dict[int, Call] = {}
@@ -129,9 +129,7 @@ class TransformersEngine:
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
         calls = list(self._calls.values())
-        running = [
-            s for s in list(self._running) if not s.call.aborted
-        ]  # the thread lets go of those with its next step
+        running = [s for s in list(self._running) if not s.call.aborted]  # others end with the next step
         known = sum(call.request.sampling.n for call in calls if not call.aborted)
         tokens = sum(s.prompt_tokens + len(s.token_ids) for s in running)
         return EngineLoad(max(0, known - len(running)), len(running), tokens, self._pool.n_held / self._pool.n_pages)

@@ -1,0 +1,128 @@
+"""A step of Llama and Phi-3, derived from the LM's own weights, without what transformers' forward does besides.
+
+Queries, keys and values come of one product, and so do gate and up; the LM keeps its weights as views of the joined
+ones, so that nothing is held twice. In float32 logits equal the LM's own to rounding. Does not know requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm, silu
+
+from mmllm_core.engine.paged_attention import KvCache, StepLayout, attend
+from mmllm_core.engine.rope import Rope, RopeOfLine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FAMILIES = ("llama", "phi3")
+
+
+@dataclass(frozen=True)
+class _Layer:
+    norm: Tensor  # (d_model,)
+    qkv: Tensor  # ((h + 2 h_kv) d, d_model)
+    out: Tensor  # (d_model, h d)
+    mlp_norm: Tensor  # (d_model,)
+    gate_up: Tensor  # (2 d_mlp, d_model)
+    down: Tensor  # (d_model, d_mlp)
+
+
+class LeanStep:
+    """As `mmllm_core.engine.step.Step`, for an LM that `is_lean`."""
+
+    def __init__(self, lm: "PreTrainedModel", cache: KvCache, context_length: int):
+        decoder: Any = lm.base_model
+        self._cache = cache
+        self._layers = [_joined(layer) for layer in decoder.layers]
+        self._norm = decoder.norm.weight
+        self._head = lm.get_output_embeddings().weight  # (vocab, d_model)
+        self._rope = RopeOfLine.of(lm, context_length)
+        config = lm.config
+        self._n_heads = config.num_attention_heads
+        self._n_kv_heads = config.num_key_value_heads
+        self._eps = config.rms_norm_eps
+        self._window = getattr(config, "sliding_window", None) if config.model_type == "phi3" else None
+        self._scaling = decoder.layers[0].self_attn.scaling
+
+    def rope_of(self, limit: int) -> Rope:
+        """As `Step`."""
+        return self._rope.kind(limit)
+
+    @torch.inference_mode()
+    def __call__(self, embeddings: Tensor, layout: StepLayout, ropes: Sequence[Rope]) -> Tensor:
+        """As `Step`."""
+        self._rope.tell(ropes, layout.rows)
+        cos, sin = (x[0].unsqueeze(1) for x in self._rope(embeddings.unsqueeze(0), layout.positions.unsqueeze(0)))
+        sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)  # (t, 1, d_rotated)
+        hidden = embeddings  # (t, d_model)
+        last = len(self._layers) - 1
+        for i, layer in enumerate(self._layers):
+            attended = self._attend(i, layer, hidden, layout, cos, sin)  # (t, h d)
+            if i == last:  # what else the line holds has given its keys and values
+                hidden, attended = hidden[layout.last], attended[layout.last]
+            hidden = hidden + linear(attended, layer.out)
+            gate, up = linear(self._normed(hidden, layer.mlp_norm), layer.gate_up).chunk(2, -1)
+            hidden = hidden + linear(silu(gate) * up, layer.down)
+        return linear(self._normed(hidden, self._norm), self._head)  # (n_last, vocab)
+
+    def _attend(self, i: int, layer: _Layer, hidden: Tensor, layout: StepLayout, cos: Tensor, sin: Tensor) -> Tensor:
+        heads = linear(self._normed(hidden, layer.norm), layer.qkv).unflatten(
+            1, (self._n_heads + 2 * self._n_kv_heads, -1)
+        )  # (t, h + 2 h_kv, d)
+        n = self._n_heads + self._n_kv_heads
+        rotated, value = _rotated(heads[:, :n], cos, sin), heads[:, n:]
+        self._cache.write(i, rotated[:, self._n_heads :], value, layout.slots)
+        return attend(rotated[:, : self._n_heads], i, self._cache, layout, self._scaling, self._window).flatten(1)
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(hidden, weight.shape, weight, self._eps)
+
+
+def is_lean(lm: "PreTrainedModel") -> bool:
+    """Whether a `LeanStep` can be derived from an LM: of the families, with plain weights, and nothing set into it."""
+    config = lm.config
+    if config.model_type not in FAMILIES or config.hidden_act != "silu":
+        return False
+    layers = [module for layer in lm.base_model.layers for module in layer.modules()]
+    linears = [module for module in layers if hasattr(module, "in_features")]
+    plain = all(type(module) is nn.Linear and module.bias is None for module in linears)
+    hooked = any(module._forward_pre_hooks or module._forward_hooks for module in layers)
+    head = lm.get_output_embeddings()
+    return plain and not hooked and type(head) is nn.Linear and head.bias is None
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of heads (t, n, d), or of their first part where only that is rotated; `sin` with its signs."""
+    d = cos.shape[-1]
+    turning = heads[..., :d]
+    turned = turning * cos + turning.roll(d // 2, -1) * sin
+    return turned if d == heads.shape[-1] else torch.cat([turned, heads[..., d:]], -1)
+
+
+def _joined(layer: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    if hasattr(attention, "qkv_proj"):
+        qkv, gate_up = attention.qkv_proj.weight.data, mlp.gate_up_proj.weight.data
+    else:
+        qkv = _join([attention.q_proj, attention.k_proj, attention.v_proj])
+        gate_up = _join([mlp.gate_proj, mlp.up_proj])
+    return _Layer(
+        layer.input_layernorm.weight.data,
+        qkv,
+        attention.o_proj.weight.data,
+        layer.post_attention_layernorm.weight.data,
+        gate_up,
+        mlp.down_proj.weight.data,
+    )
+
+
+def _join(linears: list[nn.Linear]) -> Tensor:
+    """One weight of several with the same input, of which theirs become views."""
+    joined = torch.cat([module.weight.data for module in linears])
+    for module, view in zip(linears, joined.split([module.out_features for module in linears]), strict=True):
+        module.weight.data = view
+    return joined
