@@ -20,6 +20,7 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.conversation import IMAGE_TOKEN_ID, render
 from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.transformers_engine import TransformersEngine
+from mmllm_core.merging import merge_adapter
 from serve_apps.config import PhiConfig
 from serve_apps.prompt import Prompt
 
@@ -29,6 +30,7 @@ class PhiDeployment:
 
     Raises:
         BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
+        ExportError: its adapter cannot be merged, as `config.merged` asks.
     """
 
     def __init__(self, bundle: Path, config: PhiConfig):
@@ -39,6 +41,9 @@ class PhiDeployment:
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
         self._model = opened.load_model(config.device)
+        if config.merged:
+            dtype = self._model.causal_lm.get_input_embeddings().weight.dtype
+            self._model.lm = merge_adapter(self._model.lm, dtype)
         self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
         self._engine: Engine = TransformersEngine(
             self._model.lm,
