@@ -144,8 +144,8 @@ class PhiConfig(ModelDeploymentConfig):
     kv_cache_bytes: int = Field(default=1_000_000_000, gt=0)
     """Memory for keys and values of prompts and answers, taken when a replica starts; requests wait for room in it."""
     merged: bool = True
-    """Whether the LM is dequantized and its adapter merged as a replica starts. It answers sooner then, and takes two or
-    four bytes a weight, by the dtype that it is computed in."""
+    """Whether the LM is dequantized and its adapter merged as a replica starts. It answers sooner then, and takes two
+    or four bytes a weight, by the dtype that it is computed in."""
     step_tokens: int = Field(default=256, gt=0)
     """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)
