@@ -7,7 +7,7 @@ length are attended to together, one a row, the short ones filled up: at most tw
 tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,14 +107,17 @@ class Packing:
 
 
 def require_packable(model_type: str) -> None:
-    """Raise unless LMs of this type can attend to packed conversations, as in training they must.
+    """Raise unless LMs of this type can attend to several conversations in a line, as they must to train or serve.
 
     Raises:
         ConfigError: the type is not in `PACKABLE`.
     """
     if model_type not in PACKABLE:
         known = ", ".join(sorted(PACKABLE))
-        raise ConfigError(f"'{model_type}': such LMs cannot be trained on packed conversations: choose one of {known}")
+        raise ConfigError(
+            f"'{model_type}': such LMs cannot be trained on packed conversations, nor answer several requests "
+            f"together: choose one of {known}"
+        )
 
 
 def attend_packed(lm: "PreTrainedModel") -> None:
@@ -123,11 +126,20 @@ def attend_packed(lm: "PreTrainedModel") -> None:
     Raises:
         ConfigError: the LM cannot attend to packed conversations.
     """
+    attend_by(lm, IMPLEMENTATION, packed_attention)
+
+
+def attend_by(lm: "PreTrainedModel", implementation: str, attention: Callable[..., tuple[Tensor, None]]) -> None:
+    """Let an LM attend by a function of ours, under the name that transformers shall know it by.
+
+    Raises:
+        ConfigError: the LM's attention is of another kind than ours.
+    """
     from transformers import AttentionInterface
 
     require_packable(lm.config.model_type)
-    AttentionInterface.register(IMPLEMENTATION, packed_attention)
-    lm.set_attn_implementation(IMPLEMENTATION)
+    AttentionInterface.register(implementation, attention)
+    lm.set_attn_implementation(implementation)
 
 
 def packed_attention(

@@ -134,6 +134,19 @@ def tiny_lm() -> TinyLM:
     return build
 
 
+def long_rope(n_factors: int, **more: Any) -> dict[str, Any]:
+    """Settings of a phi3 whose positions are told otherwise beyond 48; `n_factors` is half of what is rotated."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * n_factors,
+        "long_factor": [1.0 + 4 * i for i in range(n_factors)],
+        "original_max_position_embeddings": 48,
+        "factor": 8.0,
+    }
+    return {"rope_parameters": rope | more, "original_max_position_embeddings": 48, "max_position_embeddings": 384}
+
+
 def tiny_lm_config(model_type: str, **changes: Any) -> Any:
     """Config of a tiny LM; weights are wide enough apart that outputs differ visibly."""
     from transformers import AutoConfig

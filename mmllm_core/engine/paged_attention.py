@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mmllm_core.packed_attention import attend_by
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -242,10 +244,4 @@ def attend_in_pages(lm: "PreTrainedModel") -> None:
     Raises:
         ConfigError: the LM's attention is of another kind.
     """
-    from transformers import AttentionInterface
-
-    from mmllm_core.packed_attention import require_packable
-
-    require_packable(lm.config.model_type)
-    AttentionInterface.register(IMPLEMENTATION, paged_attention)
-    lm.set_attn_implementation(IMPLEMENTATION)
+    attend_by(lm, IMPLEMENTATION, paged_attention)

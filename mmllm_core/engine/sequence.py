@@ -3,6 +3,7 @@
 import asyncio
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -90,12 +91,17 @@ class Sequence:
         """Whether it need not wait for another answer to its prompt."""
         return self.after is None or self.after.finished or self.after.decoding
 
+    @cached_property
+    def _prompt_names(self) -> list[PageName]:
+        """Names of the pages that may be found; it may ask for them at many steps before there is room."""
+        return page_names(self.call.request.keys or (), self.rope.encode())[: (self.prompt_tokens - 1) // PAGE]
+
     def admit(self, pool: PagePool) -> bool:
         """Take all pages that it may ever need, shared ones where its prompt was computed before; False if too few.
 
         At least one position of the prompt is left to compute, for its logits.
         """
-        names = page_names(self.call.request.keys or (), self.rope.encode())[: (self.prompt_tokens - 1) // PAGE]
+        names = self._prompt_names
         taken = pool.take(-(-self.limit // PAGE), names)
         if taken is None:
             return False

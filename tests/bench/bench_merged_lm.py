@@ -20,18 +20,18 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.merging import merge_language_model
 
 
-def tokens_per_second(lm: Any, ids: torch.Tensor, n_tokens: int) -> float:
-    """Decoding speed of one greedy answer of exactly `n_tokens`, its prompt included in the time."""
+def tokens_per_second(lm: Any, ids: torch.Tensor, n_tokens: int, mask: torch.Tensor | None = None) -> float:
+    """Decoding speed of greedy answers of exactly `n_tokens` to prompts (b, t), which are included in the time."""
     started = time.perf_counter()
     lm.generate(
         input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
         min_new_tokens=n_tokens,
         max_new_tokens=n_tokens,
         do_sample=False,
         pad_token_id=0,
     )
-    return n_tokens / (time.perf_counter() - started)
+    return len(ids) * n_tokens / (time.perf_counter() - started)
 
 
 def main() -> None:

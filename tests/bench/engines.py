@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,7 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.engine.protocol import EngineRequest, SamplingParams
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.merging import merge_language_model
+from tests.bench.bench_merged_lm import tokens_per_second
 
 TOPICS = ["rivers", "the history of bread", "why the sky is blue", "how bees find their way home and tell the others"]
 
@@ -59,16 +61,7 @@ def generate(lm: Any, prompts: list[list[int]], n_tokens: int) -> float:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])  # (b, t)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    started = time.perf_counter()
-    lm.generate(
-        ids,
-        attention_mask=mask,
-        min_new_tokens=n_tokens,
-        max_new_tokens=n_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
-    return len(prompts) * n_tokens / (time.perf_counter() - started)
+    return tokens_per_second(lm, ids, n_tokens, mask)
 
 
 async def complete(engine: TransformersEngine, prompts: list[list[int]], n_tokens: int, measured: Measured) -> None:
@@ -91,11 +84,6 @@ async def complete(engine: TransformersEngine, prompts: list[list[int]], n_token
     measured.tokens_per_second.append(len(prompts) * n_tokens / (time.perf_counter() - started))
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Of a list, by the nearest rank."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 def plot(concurrent: list[int], speeds: dict[str, list[float]], path: Path) -> None:
     """Speed against requests at a time."""
     from matplotlib.figure import Figure
@@ -106,6 +94,7 @@ def plot(concurrent: list[int], speeds: dict[str, list[float]], path: Path) -> N
         axes.plot(concurrent, values, marker="o", label=name)
     axes.set(xlabel="requests at a time", ylabel="tokens/s over all", xscale="log", xticks=concurrent, ylim=(0, None))
     axes.set_xticklabels([str(n) for n in concurrent])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -142,7 +131,7 @@ def main() -> None:
     result: dict[str, Any] = {"lm": bundle.info.profile.language.model_dump(mode="json"), "tokens": options.tokens}
     for n in options.concurrent:
         found = engines[n]
-        waits = [[percentile(v, share) for share in (0.5, 0.95)] for v in (found.first_token_s, found.between_tokens_s)]
+        waits = [np.percentile(v, [50, 95]).tolist() for v in (found.first_token_s, found.between_tokens_s)]
         ratio = found.speed / baseline[n].speed
         shown = [", ".join(f"{1000 * x:.0f} ms" for x in wait) for wait in waits]
         table.add_row(str(n), f"{baseline[n].speed:.1f}", f"{found.speed:.1f}", f"{ratio:.2f}", *shown)

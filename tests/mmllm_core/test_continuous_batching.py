@@ -16,7 +16,7 @@ from mmllm_core.engine.protocol import EngineChunk, EngineRequest, SamplingParam
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.errors import ConfigError, ConversationError, DeadlineError, EngineError
 from mmllm_core.model import MultimodalLM
-from tests.conftest import TinyLM
+from tests.conftest import TinyLM, long_rope
 
 MakeEngine = Callable[..., TransformersEngine]
 
@@ -268,15 +268,7 @@ def test_each_sequence_looks_at_its_own_images(tiny_lm: TinyLM, make_engine: Mak
 
 
 def test_long_and_short_sequences_tell_positions_in_their_own_way(tiny_lm: TinyLM, make_engine: MakeEngine) -> None:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10_000.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [1.0 + 4 * i for i in range(8)],
-        "original_max_position_embeddings": 48,
-        "factor": 8.0,
-    }
-    changes = {"rope_parameters": rope, "original_max_position_embeddings": 48, "max_position_embeddings": 384}
+    changes = long_rope(8)
     engine = make_engine(tiny_lm("phi3", **changes), step_tokens=16)
     prompts = [[20 + i for i in range(10)], [20 + 3 * i for i in range(70)]]
 

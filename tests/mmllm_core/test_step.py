@@ -9,22 +9,13 @@ import torch
 from mmllm_core.engine.lean_step import LeanStep, is_lean
 from mmllm_core.engine.paged_attention import PAGE, KvCache, StepLayout
 from mmllm_core.engine.step import PlainStep
-from tests.conftest import TinyLM
+from tests.conftest import TinyLM, long_rope
 
-LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0] * 6,
-    "long_factor": [1.0 + 4 * i for i in range(6)],
-    "original_max_position_embeddings": 48,
-    "partial_rotary_factor": 0.75,
-    "factor": 8.0,
-}
 LMS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"num_key_value_heads": 4, "head_dim": 24, "tie_word_embeddings": True}),
     ("phi3", {"sliding_window": 11}),
-    ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 48, "max_position_embeddings": 384}),
+    ("phi3", long_rope(6, partial_rotary_factor=0.75)),
 ]
 
 
