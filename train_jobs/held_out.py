@@ -31,6 +31,12 @@ class HeldOutQuestions:
     def __init__(self, limit: int, seed: int):
         self.questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed) if limit else []
 
+    def share(self, rank: int, world: int) -> list[int]:
+        """Numbers of the questions that worker `rank` of `world` asks, in the order in which it asks them."""
+        # What asks about one image stays together: its prompts share a beginning.
+        order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].image)
+        return order[rank * len(order) // world : (rank + 1) * len(order) // world]
+
     def ask(
         self,
         model: "MultimodalLM",
@@ -44,14 +50,11 @@ class HeldOutQuestions:
 
         if not self.questions:
             return []
-        rank, world = dist.get_rank(), dist.get_world_size()
-        # What asks about one image stays together: its prompts share a beginning.
-        order = sorted(range(len(self.questions)), key=lambda i: self.questions[i].image)
-        share = order[rank * len(order) // world : (rank + 1) * len(order) // world]
+        share = self.share(dist.get_rank(), dist.get_world_size())
         model.eval()
         found = answer_questions(model, tokenizer, [self.questions[i] for i in share], features)
         model.train()
-        shares: list[Any] = [None] * world
+        shares: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(shares, list(zip(share, found, strict=True)))
         answers = dict(pair for part in shares for pair in part)
         return [answers[i] for i in range(len(self.questions))]

@@ -231,8 +231,12 @@ class _Worker:
         from mmllm_core.language import interpolate_adapter
 
         model = self._whole_model(engine)
+        model.connector.float()
         if self.recipe.lora:
-            interpolate_adapter(dict(model.named_parameters()), self.recipe.lora.interpolation)
+            adapter = {name: weight for name, weight in model.named_parameters() if ".lora_" in name}
+            for weight in adapter.values():  # as peft loads it
+                weight.data = weight.data.float()
+            interpolate_adapter(adapter, self.recipe.lora.interpolation)
         return model
 
     def _whole_model(self, engine: Any) -> "MultimodalLM":
