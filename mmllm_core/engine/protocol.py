@@ -40,6 +40,8 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     """Tell each token's log-probability, and those of so many of the likeliest, from the LM's own logits."""
+    json_schema: str | None = None
+    """A JSON schema, as JSON, that the answer keeps to; the answer ends when it is whole."""
     n: int = 1
     """Answers to the one prompt; each has a seed of its own, drawn from `seed`."""
 
