@@ -7,6 +7,7 @@ HTTP, image files or sound.
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from hashlib import blake2b
@@ -21,6 +22,7 @@ from mmllm_core.conversation import IMAGE_TOKEN_ID, render
 from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.merging import merge_adapter
+from mmllm_core.model import MultimodalLM
 from serve_apps.config import PhiConfig
 from serve_apps.prompt import Prompt
 
@@ -34,26 +36,16 @@ class PhiDeployment:
     """
 
     def __init__(self, bundle: Path, config: PhiConfig):
-        torch.set_num_threads(config.n_threads)
         opened = Bundle.open(bundle)
         self._device = config.device
         self._stream_interval_s = config.stream_interval_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
-        self._model = opened.load_model(config.device)
-        if config.merged:
-            dtype = self._model.causal_lm.get_input_embeddings().weight.dtype
-            self._model.lm = merge_adapter(self._model.lm, dtype)
+        torch.set_num_threads(config.n_threads)
+        with ThreadPoolExecutor(1) as starting:  # its team of threads ends with it: the engine's shall be the only one
+            self._model, self._engine = starting.submit(_start, opened, config).result()
+        torch.set_num_threads(1)  # of the threads that embed prompts
         self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
-        self._engine: Engine = TransformersEngine(
-            self._model.lm,
-            self._tokenizer,
-            context_length=self._context_length,
-            showing=self._model.showing,
-            kv_cache_bytes=config.kv_cache_bytes,
-            max_sequences=config.max_ongoing_requests,
-            step_tokens=config.step_tokens,
-        )
 
     async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:
         """Answer a prompt. Closing the stream, as a disconnect does, ends the request in the engine.
@@ -100,6 +92,24 @@ class PhiDeployment:
             self._model.media(input_ids, features),
             content=content_of(rendered.input_ids, prompt.features, self._n_image_tokens),
         )
+
+
+def _start(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
+    model = bundle.load_model(config.device)
+    if config.merged:
+        dtype = model.causal_lm.get_input_embeddings().weight.dtype
+        model.lm = merge_adapter(model.lm, dtype)
+    engine = TransformersEngine(
+        model.lm,
+        bundle.tokenizer,
+        context_length=bundle.profile.language.context_length,
+        showing=model.showing,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_sequences=config.max_ongoing_requests,
+        step_tokens=config.step_tokens,
+        n_threads=config.n_threads,
+    )
+    return model, engine
 
 
 def content_of(input_ids: Sequence[int], features: NDArray[np.float16] | None, n_image_tokens: int) -> tuple[int, ...]:

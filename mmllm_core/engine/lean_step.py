@@ -1,7 +1,7 @@
 """A step of Llama and Phi-3, derived from the LM's own weights, without what transformers' forward does besides.
 
-Queries, keys and values come of one product, and so do gate and up; the LM keeps its weights as views of the joined
-ones, so that nothing is held twice. In float32 logits equal the LM's own to rounding. Does not know requests.
+Queries, keys and values come of one product, and what follows a product is computed with it. The LM gives its weights
+up, so that nothing is held twice. In float32 logits equal the LM's own to rounding. Does not know requests.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm
 
+from mmllm_core.engine.packed_linear import PackedLinear, pack
 from mmllm_core.engine.paged_attention import KvCache, StepLayout, attend
 from mmllm_core.engine.rope import Rope, RopeOfLine
 
@@ -24,11 +25,12 @@ FAMILIES = ("llama", "phi3")
 @dataclass(frozen=True)
 class _Layer:
     norm: Tensor  # (d_model,)
-    qkv: Tensor  # ((h + 2 h_kv) d, d_model)
-    out: Tensor  # (d_model, h d)
+    qkv: PackedLinear  # d_model -> (h + 2 h_kv) d
+    out: PackedLinear  # h d -> d_model
     mlp_norm: Tensor  # (d_model,)
-    gate_up: Tensor  # (2 d_mlp, d_model)
-    down: Tensor  # (d_model, d_mlp)
+    gate: PackedLinear  # d_model -> d_mlp
+    up: PackedLinear  # d_model -> d_mlp
+    down: PackedLinear  # d_mlp -> d_model
 
 
 class LeanStep:
@@ -37,9 +39,10 @@ class LeanStep:
     def __init__(self, lm: "PreTrainedModel", cache: KvCache, context_length: int):
         decoder: Any = lm.base_model
         self._cache = cache
-        self._layers = [_joined(layer) for layer in decoder.layers]
+        self._layers = [_derived(layer) for layer in decoder.layers]
         self._norm = decoder.norm.weight
-        self._head = lm.get_output_embeddings().weight  # (vocab, d_model)
+        embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        self._head = pack(head, shared=head.weight is embedding.weight)  # d_model -> vocab
         self._rope = RopeOfLine.of(lm, context_length)
         config = lm.config
         self._n_heads = config.num_attention_heads
@@ -64,15 +67,14 @@ class LeanStep:
             attended = self._attend(i, layer, hidden, layout, cos, sin)  # (t, h d)
             if i == last:  # what else the line holds has given its keys and values
                 hidden, attended = hidden[layout.last], attended[layout.last]
-            hidden = hidden + linear(attended, layer.out)
-            gate, up = linear(self._normed(hidden, layer.mlp_norm), layer.gate_up).chunk(2, -1)
-            hidden = hidden + linear(silu(gate) * up, layer.down)
-        return linear(self._normed(hidden, self._norm), self._head)  # (n_last, vocab)
+            hidden = layer.out.plus(attended, hidden)
+            normed = self._normed(hidden, layer.mlp_norm)
+            hidden = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), hidden)
+        return self._head(self._normed(hidden, self._norm))  # (n_last, vocab)
 
     def _attend(self, i: int, layer: _Layer, hidden: Tensor, layout: StepLayout, cos: Tensor, sin: Tensor) -> Tensor:
-        heads = linear(self._normed(hidden, layer.norm), layer.qkv).unflatten(
-            1, (self._n_heads + 2 * self._n_kv_heads, -1)
-        )  # (t, h + 2 h_kv, d)
+        joined = layer.qkv(self._normed(hidden, layer.norm))
+        heads = joined.unflatten(1, (self._n_heads + 2 * self._n_kv_heads, -1))  # (t, h + 2 h_kv, d)
         n = self._n_heads + self._n_kv_heads
         rotated, value = _rotated(heads[:, :n], cos, sin), heads[:, n:]
         self._cache.write(i, rotated[:, self._n_heads :], value, layout.slots)
@@ -103,26 +105,25 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned if d == heads.shape[-1] else torch.cat([turned, heads[..., d:]], -1)
 
 
-def _joined(layer: Any) -> _Layer:
+def _derived(layer: Any) -> _Layer:
+    """A layer's weights, which it gives up."""
     attention, mlp = layer.self_attn, layer.mlp
     if hasattr(attention, "qkv_proj"):
-        qkv, gate_up = attention.qkv_proj.weight.data, mlp.gate_up_proj.weight.data
+        qkv = [attention.qkv_proj]
+        gate, up = (PackedLinear(weight) for weight in mlp.gate_up_proj.weight.data.chunk(2))
+        given_up = [mlp.gate_up_proj]
     else:
-        qkv = _join([attention.q_proj, attention.k_proj, attention.v_proj])
-        gate_up = _join([mlp.gate_proj, mlp.up_proj])
+        qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        gate, up, given_up = pack(mlp.gate_proj), pack(mlp.up_proj), []
+    joined = PackedLinear(torch.cat([module.weight.data for module in qkv]))
+    for module in (*qkv, *given_up):
+        module.weight.data = module.weight.data.new_empty(0)
     return _Layer(
         layer.input_layernorm.weight.data,
-        qkv,
-        attention.o_proj.weight.data,
+        joined,
+        pack(attention.o_proj),
         layer.post_attention_layernorm.weight.data,
-        gate_up,
-        mlp.down_proj.weight.data,
+        gate,
+        up,
+        pack(mlp.down_proj),
     )
-
-
-def _join(linears: list[nn.Linear]) -> Tensor:
-    """One weight of several with the same input, of which theirs become views."""
-    joined = torch.cat([module.weight.data for module in linears])
-    for module, view in zip(linears, joined.split([module.out_features for module in linears]), strict=True):
-        module.weight.data = view
-    return joined

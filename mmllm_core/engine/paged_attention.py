@@ -176,19 +176,25 @@ def attend(
     keys, values = cache.keys[layer], cache.values[layer]
     out = []
     if n := layout.n_decoding:
-        k, v = (x[layout.decoding_slots].transpose(1, 2) for x in (keys, values))  # (n, h_kv, longest, d)
+        k, v = (_at(layout.decoding_slots, x).transpose(1, 2) for x in (keys, values))  # (n, h_kv, longest, d)
         mask = layout.decoding_mask(window)
         q = query[:n].unflatten(1, (keys.shape[1], -1))  # (n, h_kv, h / h_kv, d): heads of a group as if positions
         out.append(scaled_dot_product_attention(q, k, v, mask, scale=scaling).flatten(1, 2))
     for chunk, slots in zip(layout.chunks, layout.chunk_slots, strict=True):
         q = query[chunk.begin : chunk.begin + chunk.length].transpose(0, 1).unsqueeze(0)  # (1, h, n, d)
-        k, v = (x[slots].transpose(0, 1).unsqueeze(0) for x in (keys, values))  # (1, h_kv, length, d)
+        k, v = (_at(slots, x).transpose(0, 1).unsqueeze(0) for x in (keys, values))  # (1, h_kv, length, d)
         before = len(slots) - chunk.length
         whole = before == 0 and (window is None or window >= len(slots))
         sees = None if whole else _causal(chunk.length, before, window, query.device)
         found = scaled_dot_product_attention(q, k, v, sees, is_causal=whole, scale=scaling, enable_gqa=True)
         out.append(found[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def _at(slots: Tensor, cached: Tensor) -> Tensor:
+    """Keys or values (..., h_kv, d) at slots (...)."""
+    # index_select copies whole rows, of what is flat; plain indexing goes value by value.
+    return cached.flatten(1).index_select(0, slots.flatten()).view(*slots.shape, *cached.shape[1:])
 
 
 def _causal(n: int, before: int, window: int | None, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmllm_core.engine.lean_step import LeanStep, is_lean
+from mmllm_core.engine.packed_linear import pack_linears
 from mmllm_core.engine.paged_attention import KvCache, Paging, StepLayout, attend_in_pages
 from mmllm_core.engine.rope import Rope, RopeOfLine
 
@@ -31,7 +32,7 @@ class Step(Protocol):
 
 
 class PlainStep:
-    """The LM's own forward pass.
+    """The LM's own forward pass, with its linear layers packed where they can be.
 
     Raises:
         ConfigError: the LM's attention cannot be paged, or how it tells positions depends on what else is computed.
@@ -39,6 +40,7 @@ class PlainStep:
 
     def __init__(self, lm: "PreTrainedModel", cache: KvCache, context_length: int):
         attend_in_pages(lm)
+        pack_linears(lm)
         self._lm = lm
         self._cache = cache
         self._rope = RopeOfLine.of(lm, context_length)

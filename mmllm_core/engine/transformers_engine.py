@@ -51,6 +51,9 @@ class TransformersEngine:
         kv_cache_bytes: memory for keys and values, taken at once.
         max_sequences: that run at a time.
         step_tokens: positions of a step; prompts are computed so many at a time, less what decodes.
+        n_threads: CPU threads of a step; as many as torch has if None. They are fast only while no other thread of the
+            process has a team of its own: where there are more threads than CPUs, libgomp lets those that wait sleep,
+            and every product waits until they are awake again.
 
     Raises:
         ConfigError: the LM's attention cannot be paged, or its positions not be counted as far as the context goes.
@@ -67,6 +70,7 @@ class TransformersEngine:
         kv_cache_bytes: int = 1_000_000_000,
         max_sequences: int = 64,
         step_tokens: int = 256,
+        n_threads: int | None = None,
     ):
         self._lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
         self._showing = showing
@@ -89,8 +93,11 @@ class TransformersEngine:
         self._running: list[Sequence] = []
         self._failure: BaseException | None = None
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        started = threading.Event()
+        threads = n_threads or torch.get_num_threads()
+        self._thread = threading.Thread(target=self._run, args=(threads, started), name="engine", daemon=True)
         self._thread.start()
+        started.wait()
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
         """As `Engine.generate`."""
@@ -159,7 +166,9 @@ class TransformersEngine:
         return min(most, request.prompt_tokens + request.sampling.max_tokens)
 
     @torch.inference_mode()
-    def _run(self) -> None:
+    def _run(self, n_threads: int, started: threading.Event) -> None:
+        torch.set_num_threads(n_threads)  # of this thread, and of those that begin later
+        started.set()
         try:
             while self._receive(block=not self._running and not self._waiting):
                 sent: list[tuple[Call, Item]] = []

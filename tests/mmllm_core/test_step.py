@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmllm_core.engine.lean_step import LeanStep, is_lean
+from mmllm_core.engine.packed_linear import is_packable, pack
 from mmllm_core.engine.paged_attention import PAGE, KvCache, StepLayout
 from mmllm_core.engine.step import PlainStep
 from tests.conftest import TinyLM, long_rope
@@ -54,13 +55,43 @@ def test_logits_are_those_of_the_lm(
                 torch.testing.assert_close(found[row], expected[i][done[i] - 1], atol=2e-5, rtol=1e-4)
 
 
-def test_a_lean_step_holds_no_weight_twice(tiny_lm: TinyLM) -> None:
-    lm = tiny_lm("llama")
-    before = {p.untyped_storage().data_ptr() for p in lm.parameters()}
-    step = LeanStep(lm, KvCache(2, 1, 2, 16, torch.float32), 16)
-    layer, attention = step._layers[0], lm.base_model.layers[0].self_attn
-    assert attention.q_proj.weight.untyped_storage().data_ptr() == layer.qkv.untyped_storage().data_ptr()
-    assert len({p.untyped_storage().data_ptr() for p in lm.parameters()}) < len(before)
+@pytest.mark.parametrize("step_class", [PlainStep, LeanStep])
+@pytest.mark.parametrize(("model_type", "changes"), LMS)
+def test_a_step_holds_no_weight_twice(
+    step_class: type[PlainStep] | type[LeanStep], model_type: str, changes: dict[str, Any], tiny_lm: TinyLM
+) -> None:
+    lm = tiny_lm(model_type, **changes)
+    linears = [module.weight for module in lm.modules() if type(module) is torch.nn.Linear]
+    embedding = lm.get_input_embeddings().weight
+    assert len(linears) > 7
+    if not is_packable(embedding):
+        pytest.skip("this CPU does not pack weights")
+    n_embeddings = embedding.numel()
+    step_class(lm, KvCache(2, 1, 4, 16, torch.float32), 16)
+    assert embedding.numel() == n_embeddings
+    assert all(weight is embedding or weight.numel() == 0 for weight in linears)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_packed_products_are_those_of_the_layer(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(48, 80, dtype=dtype)
+    x, other = torch.randn(1, rows, 48, dtype=dtype), torch.randn(1, rows, 80, dtype=dtype)
+    with torch.inference_mode():
+        product = layer(x).float()
+        packed = pack(layer)
+        if dtype == torch.float32:
+            assert packed.is_packed
+        close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.03, "rtol": 2**-6}
+        for found, expected in (
+            (packed(x), product),
+            (packed.silu(x), torch.nn.functional.silu(product)),
+            (packed.times(x, other), product * other),
+            (packed.plus(x, other), product + other),
+        ):
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.float(), expected.float(), **close)
 
 
 def test_what_a_lean_step_cannot_be_derived_from(tiny_lm: TinyLM) -> None:
