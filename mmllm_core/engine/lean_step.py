@@ -36,6 +36,8 @@ class _Layer:
 class LeanStep:
     """As `mmllm_core.engine.step.Step`, for an LM that `is_lean`."""
 
+    shares_prefixes = True
+
     def __init__(self, lm: "PreTrainedModel", cache: KvCache, context_length: int):
         decoder: Any = lm.base_model
         self._cache = cache
@@ -54,6 +56,9 @@ class LeanStep:
     def rope_of(self, limit: int) -> Rope:
         """As `Step`."""
         return self._rope.kind(limit)
+
+    def release(self, page: int) -> None:
+        """As `Step`: all is in the cache."""
 
     @torch.inference_mode()
     def __call__(self, embeddings: Tensor, layout: StepLayout, ropes: Sequence[Rope]) -> Tensor:

@@ -1,8 +1,8 @@
 """Linear layers whose weights lie as oneDNN's products want them, on CPUs; elsewhere they stay as they are.
 
-A decoding step multiplies few rows by every weight of the LM, and most of its time goes into reading them. Laid out once
-in the order in which they are read, they are read at the speed of memory; products of a step take half the time or less
-then. `torch.compile` does the same to weights that it freezes. Does not know attention or sequences.
+A decoding step multiplies few rows by every weight of the LM, and most of its time goes into reading them. Laid out in
+the order in which they are read, they are read at the speed of memory: products of a step take half the time or less.
+`torch.compile` does the same to weights that it freezes. Does not know attention or sequences.
 """
 
 import platform

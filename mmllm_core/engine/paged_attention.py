@@ -34,9 +34,9 @@ class KvCache:
     def __init__(
         self,
         n_layers: int,
-        n_pages: int,
         n_kv_heads: int,
         head_dim: int,
+        n_pages: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ):

@@ -43,6 +43,7 @@ class Sequence:
         limit: positions that prompt and answer may take together.
         after: the answer to the same prompt that is computed first, whose pages this one shares.
         rope: how its positions are told (`mmllm_core.engine.step.Step.rope_of`).
+        shares: whether others may go on from its pages, and it from theirs.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Sequence:
         stop_ids: list[int],
         after: "Sequence | None" = None,
         rope: Rope = "near",
+        shares: bool = True,
     ):
         request = call.request
         self.call = call
@@ -63,6 +65,7 @@ class Sequence:
         self.rope: Rope = rope
         self.stop_ids = stop_ids
         self.text = TextStream(tokenizer, request.sampling.stop)
+        self._keys = request.keys if shares else None
         prompt = frozenset(key for key in request.keys or () if key >= 0)
         self.sampling = SamplingState(request.sampling, index, prompt, stop_ids)
         self.token_ids: list[int] = []
@@ -94,7 +97,7 @@ class Sequence:
     @cached_property
     def _prompt_names(self) -> list[PageName]:
         """Names of the pages that may be found; it may ask for them at many steps before there is room."""
-        return page_names(self.call.request.keys or (), self.rope.encode())[: (self.prompt_tokens - 1) // PAGE]
+        return page_names(self._keys or (), self.rope.encode())[: (self.prompt_tokens - 1) // PAGE]
 
     def admit(self, pool: PagePool) -> bool:
         """Take all pages that it may ever need, shared ones where its prompt was computed before; False if too few.
@@ -113,13 +116,12 @@ class Sequence:
     def computed(self, n: int, pool: PagePool) -> None:
         """Note that `n` positions more are in the cache, and let their pages be found again."""
         self.n_computed += n
-        keys = self.call.request.keys
-        if keys is None:
+        if self._keys is None:
             return
         n_full = self.n_computed // PAGE
         if n_full > len(self._names):
             begin = len(self._names) * PAGE
-            all_keys = [*keys, *self.token_ids]
+            all_keys = [*self._keys, *self.token_ids]
             names = page_names(all_keys[begin : n_full * PAGE], self._names[-1] if self._names else self.rope.encode())
             for page, name in zip(self.pages[len(self._names) :], names, strict=False):
                 pool.publish(page, name)

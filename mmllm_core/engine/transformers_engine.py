@@ -1,4 +1,4 @@
-"""The embedded engine: any Hugging Face causal LM with attention that can be paged, on CPU or GPU.
+"""The embedded engine: any Hugging Face causal LM, on CPU or GPU.
 
 In: prompts in embeddings or tokens. Out: streamed text. One thread owns the model and advances all running sequences at
 once, a step at a time (continuous batching: Orca, Yu et al., OSDI 2022): those that decode by a token each, and prompts
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from mmllm_core.engine.line_media import LineMedia
 from mmllm_core.engine.page_pool import PagePool
-from mmllm_core.engine.paged_attention import PAGE, KvCache, StepLayout, page_bytes
+from mmllm_core.engine.paged_attention import PAGE, StepLayout, page_bytes
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.sampler import choose
 from mmllm_core.engine.sequence import Call, Chunks, Sequence
-from mmllm_core.engine.step import step_of
+from mmllm_core.engine.step import kv_shape, step_of
 from mmllm_core.errors import ConversationError, DeadlineError, EngineError
 from mmllm_core.language import stop_token_ids
 
@@ -56,7 +56,7 @@ class TransformersEngine:
             and every product waits until they are awake again.
 
     Raises:
-        ConfigError: the LM's attention cannot be paged, or its positions not be counted as far as the context goes.
+        ConfigError: the LM's positions cannot be counted as far as the context goes.
         EngineError: `kv_cache_bytes` do not hold a page.
     """
 
@@ -78,13 +78,15 @@ class TransformersEngine:
         self._embed = self._lm.get_input_embeddings()
         self._device = self._embed.weight.device
         self._stop_ids = stop_token_ids(lm, tokenizer)
-        cache = _kv_cache(self._lm.config, kv_cache_bytes, context_length, max_sequences, self._embed.weight)
-        self._pool = PagePool(cache.n_pages)
+        n_pages = kv_cache_bytes // page_bytes(*kv_shape(self._lm.config), self._embed.weight.dtype)
+        if n_pages < 1:
+            raise EngineError(f"kv_cache_bytes: {kv_cache_bytes} do not hold a page of keys and values: raise it")
+        self._pool = PagePool(min(n_pages, max_sequences * -(-context_length // PAGE)))
         self._context_length = context_length
-        self._capacity = cache.n_pages * PAGE
+        self._capacity = self._pool.n_pages * PAGE
         self._max_sequences = max_sequences
         self._step_tokens = step_tokens
-        self._step = step_of(self._lm, cache, context_length)
+        self._step = step_of(self._lm, self._pool.n_pages, context_length)
         self._media = LineMedia()
         self._incoming: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._calls: dict[int, Call] = {}
@@ -103,13 +105,13 @@ class TransformersEngine:
         """As `Engine.generate`."""
         self.health()
         limit = self._limit(request)
-        rope = self._step.rope_of(limit)
+        rope, shares = self._step.rope_of(limit), self._step.shares_prefixes
         call = Call(request, asyncio.get_running_loop())
         self._calls[id(call)] = call
         try:
             first: Sequence | None = None
             for index in range(request.sampling.n):
-                sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids, first, rope)
+                sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids, first, rope, shares)
                 first = first or sequence
                 self._incoming.put(sequence)
             if self._ended:  # the thread saw `_calls` before or will never see this one
@@ -300,6 +302,7 @@ class TransformersEngine:
     def _retire(self) -> None:
         for sequence in self._running:
             if sequence.finished:
+                self._step.release(sequence.pages[0])
                 sequence.release(self._pool)
         self._running = [s for s in self._running if not s.finished]
 
@@ -316,16 +319,3 @@ class TransformersEngine:
 def _deliver(deliveries: list[tuple[Chunks, Item]]) -> None:
     for chunks, item in deliveries:
         chunks.put_nowait(item)
-
-
-def _kv_cache(config: Any, n_bytes: int, context_length: int, max_sequences: int, like: Tensor) -> KvCache:
-    """Memory for keys and values: what was granted, but no more than can be used."""
-    n_heads = config.num_attention_heads
-    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    n_layers = config.num_hidden_layers
-    n_pages = n_bytes // page_bytes(n_layers, n_kv_heads, head_dim, like.dtype)
-    if n_pages < 1:
-        raise EngineError(f"kv_cache_bytes: {n_bytes} do not hold a page of keys and values: raise it")
-    n_pages = min(n_pages, max_sequences * -(-context_length // PAGE))
-    return KvCache(n_layers, n_pages, n_kv_heads, head_dim, like.dtype, like.device)

@@ -61,11 +61,12 @@ def reference(lm: Any, ids: list[int], n: int) -> list[int]:
     return output[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "phi3", "phi"])
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "phi", "gpt2", "gemma2"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_mix_equals_generate(model_type: str, seed: int, tiny_lm: TinyLM, make_engine: MakeEngine) -> None:
     rng = random.Random(seed)
-    engine = make_engine(tiny_lm(model_type), step_tokens=rng.choice([8, 33]), kv_cache_bytes=300_000)
+    changes = {"head_dim": 16, "sliding_window": 24} if model_type == "gemma2" else {}
+    engine = make_engine(tiny_lm(model_type, **changes), step_tokens=rng.choice([8, 33]), kv_cache_bytes=300_000)
     shared = [rng.randrange(12, 300) for _ in range(40)]
     prompts = [
         shared[: rng.choice([0, 0, 20, 40])] + [rng.randrange(12, 300) for _ in range(rng.randrange(1, 60))]
@@ -89,7 +90,7 @@ def test_any_mix_equals_generate(model_type: str, seed: int, tiny_lm: TinyLM, ma
         return await asyncio.gather(*map(come_and_go, range(32)))
 
     found = asyncio.run(asyncio.wait_for(all_of_them(), 120))
-    plain = tiny_lm(model_type)
+    plain = tiny_lm(model_type, **changes)
     for i, answer in enumerate(found):
         if answer is not None:
             assert answer == reference(plain, prompts[i], lengths[i]), i
@@ -193,6 +194,33 @@ def test_a_deadline_ends_its_request_alone(tiny_lm: TinyLM, make_engine: MakeEng
     assert isinstance(late, DeadlineError)
     assert len(tokens(other)) == 8
     wait_until_idle(engine)
+
+
+def test_a_step_that_fails_is_tried_again_without_harm(
+    tiny_lm: TinyLM, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = tiny_lm("gpt2")  # whose sequences are computed one by one, each into a cache of its own
+    engine = make_engine(lm)
+    forward, broken = lm.forward, torch.full((1, 64), 9.0)
+
+    def fail(*, inputs_embeds: torch.Tensor, **others: Any) -> Any:
+        if torch.equal(inputs_embeds[0, :1], broken):
+            raise RuntimeError("out of order")
+        return forward(inputs_embeds=inputs_embeds, **others)
+
+    monkeypatch.setattr(lm, "forward", fail)
+
+    async def both() -> list[Any]:
+        good = [ask(engine, of_tokens(f"good {i}", [21 + i], max_tokens=20)) for i in range(2)]
+        bad = EngineRequest("bad", broken.repeat(3, 1), SamplingParams(max_tokens=4))
+        return await asyncio.gather(good[0], ask(engine, bad), good[1], return_exceptions=True)
+
+    first, bad, second = asyncio.run(both())
+    assert isinstance(bad, EngineError)
+    assert "out of order" in str(bad)
+    for i, found in enumerate((first, second)):
+        assert tokens(found) == reference(tiny_lm("gpt2"), [21 + i], 20)
+    assert not engine._step._computed  # type: ignore[attr-defined]
 
 
 def test_logits_that_are_not_finite_fail_their_request_alone(tiny_lm: TinyLM, make_engine: MakeEngine) -> None:

@@ -9,7 +9,7 @@ import torch
 from mmllm_core.engine.lean_step import LeanStep, is_lean
 from mmllm_core.engine.packed_linear import is_packable, pack
 from mmllm_core.engine.paged_attention import PAGE, KvCache, StepLayout
-from mmllm_core.engine.step import PlainStep
+from mmllm_core.engine.step import PlainStep, kv_shape
 from tests.conftest import TinyLM, long_rope
 
 LMS: list[tuple[str, dict[str, Any]]] = [
@@ -27,8 +27,8 @@ def test_logits_are_those_of_the_lm(
 ) -> None:
     plain, lm = tiny_lm(model_type, **changes), tiny_lm(model_type, **changes)
     assert is_lean(lm)
-    attention, embed = lm.base_model.layers[0].self_attn, lm.get_input_embeddings()
-    cache = KvCache(2, 40, lm.config.num_key_value_heads, attention.head_dim, torch.float32)
+    embed = lm.get_input_embeddings()
+    cache = KvCache(*kv_shape(lm.config), 40, torch.float32)
     step = step_class(lm, cache, 256)
     rng = random.Random(0)
     sequences = [[rng.randrange(12, 300) for _ in range(n)] for n in (5, 16, 17, 40, 90)]
@@ -67,7 +67,7 @@ def test_a_step_holds_no_weight_twice(
     if not is_packable(embedding):
         pytest.skip("this CPU does not pack weights")
     n_embeddings = embedding.numel()
-    step_class(lm, KvCache(2, 1, 4, 16, torch.float32), 16)
+    step_class(lm, KvCache(*kv_shape(lm.config), 1, torch.float32), 16)
     assert embedding.numel() == n_embeddings
     assert all(weight is embedding or weight.numel() == 0 for weight in linears)
 
