@@ -89,3 +89,9 @@ class ConversationError(BadInput):
 def first_line(error: BaseException) -> str:
     """What an exception of another's making says, for a message of ours; its kind where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+class SchemaError(BadInput):
+    """A JSON schema that no answer can be bound to."""
+
+    code = "invalid_schema"

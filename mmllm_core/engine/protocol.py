@@ -135,6 +135,7 @@ class Engine(Protocol):
 
         Raises:
             ConversationError: the prompt does not fit the context or the memory for keys and values.
+            SchemaError: no answer can be bound to `json_schema`.
             DeadlineError: the request's time is up.
             EngineError: the engine failed on this request or is down.
         """

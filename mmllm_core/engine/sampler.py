@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mmllm_core.engine.grammar import Grammar
 from mmllm_core.engine.protocol import SamplingParams, TokenLogprob
 
 CANDIDATES = 1024
@@ -25,13 +26,15 @@ class SamplingState:
         params: of the request.
         index: which of the `n` answers.
         prompt: token ids in the prompt, as far as they are known.
-        stop_ids: that `min_tokens` holds back.
+        stop_ids: that `min_tokens` holds back; an answer that is bound to a grammar ends when it is whole.
+        grammar: that the answer keeps to.
     """
 
     params: SamplingParams
     index: int = 0
     prompt: frozenset[int] = frozenset()
     stop_ids: Sequence[int] = ()
+    grammar: Grammar | None = None
     counts: Counter[int] = field(default_factory=Counter)
     """How often each token is in the answer."""
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -47,14 +50,14 @@ class SamplingState:
         """Whether the LM's logits are not what is chosen from."""
         p = self.params
         penalised = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
-        return bool(penalised) or self._holds_back
+        return bool(penalised) or self._holds_back or self.grammar is not None
 
     @property
     def _holds_back(self) -> bool:
-        return self.counts.total() < self.params.min_tokens and bool(self.stop_ids)
+        return self.counts.total() < self.params.min_tokens and bool(self.stop_ids) and self.grammar is None
 
     def change(self, logits: Tensor) -> None:
-        """Apply penalties to logits (vocab,), and hold back what would end the answer too early; in place."""
+        """Apply penalties to logits (vocab,), and strike out what may not come next; in place."""
         p = self.params
         if p.repetition_penalty != 1 and (seen := sorted(self.prompt | self.counts.keys())):
             ids = torch.tensor(seen, device=logits.device)
@@ -66,6 +69,14 @@ class SamplingState:
             logits[ids] -= p.presence_penalty + p.frequency_penalty * times
         if self._holds_back:
             logits[list(self.stop_ids)] = -torch.inf
+        if self.grammar is not None:
+            self.grammar.mask(logits)
+
+    def take(self, token: int) -> None:
+        """Note the token that was chosen."""
+        self.counts[token] += 1
+        if self.grammar is not None:
+            self.grammar.accept(token)
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def choose(logits: Tensor, states: Sequence[SamplingState]) -> list[Choice | Non
         if not finite[i]:
             choices.append(None)
             continue
-        state.counts[tokens[i]] += 1
+        state.take(tokens[i])
         n = state.params.logprobs
         choices.append(Choice(tokens[i], None if n is None else _logprob(original[i], tokens[i], n)))
     return choices

@@ -4,10 +4,11 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mmllm_core.engine.grammar import Grammar
 from mmllm_core.engine.page_pool import PageName, PagePool, page_names
 from mmllm_core.engine.paged_attention import PAGE
 from mmllm_core.engine.protocol import EngineChunk, EngineRequest, FinishReason, TokenLogprob
@@ -27,6 +28,8 @@ class Call:
 
     request: EngineRequest
     loop: asyncio.AbstractEventLoop
+    grammar: Any = None
+    """Compiled (`mmllm_core.engine.grammar.Grammars`), that all answers keep to."""
     chunks: Chunks = field(default_factory=asyncio.Queue)
     aborted: bool = False
 
@@ -67,7 +70,8 @@ class Sequence:
         self.text = TextStream(tokenizer, request.sampling.stop)
         self._keys = request.keys if shares else None
         prompt = frozenset(key for key in request.keys or () if key >= 0)
-        self.sampling = SamplingState(request.sampling, index, prompt, stop_ids)
+        grammar = None if call.grammar is None else Grammar(call.grammar)
+        self.sampling = SamplingState(request.sampling, index, prompt, stop_ids, grammar)
         self.token_ids: list[int] = []
         self.embeddings: Tensor | None = None  # (t, d_model) of the prompt, while it is computed
         self.pages: list[int] = []

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.line_media import LineMedia
 from mmllm_core.engine.page_pool import PagePool
 from mmllm_core.engine.paged_attention import PAGE, StepLayout, page_bytes
@@ -78,6 +79,7 @@ class TransformersEngine:
         self._embed = self._lm.get_input_embeddings()
         self._device = self._embed.weight.device
         self._stop_ids = stop_token_ids(lm, tokenizer)
+        self._grammars = Grammars(tokenizer, self._lm.config.vocab_size, self._stop_ids)
         n_pages = kv_cache_bytes // page_bytes(*kv_shape(self._lm.config), self._embed.weight.dtype)
         if n_pages < 1:
             raise EngineError(f"kv_cache_bytes: {kv_cache_bytes} do not hold a page of keys and values: raise it")
@@ -106,7 +108,9 @@ class TransformersEngine:
         self.health()
         limit = self._limit(request)
         rope, shares = self._step.rope_of(limit), self._step.shares_prefixes
-        call = Call(request, asyncio.get_running_loop())
+        schema = request.sampling.json_schema
+        grammar = None if schema is None else await asyncio.to_thread(self._grammars.compile, schema)
+        call = Call(request, asyncio.get_running_loop(), grammar)
         self._calls[id(call)] = call
         try:
             first: Sequence | None = None
