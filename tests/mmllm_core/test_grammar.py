@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -43,7 +42,9 @@ def text_of(chunks: list[EngineChunk], index: int = 0) -> str:
     return "".join(chunk.text for chunk in chunks if chunk.index == index)
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 1.5, "seed": 3}, {"min_tokens": 200, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"temperature": 1.5, "seed": 3}, {"min_tokens": 200, "repetition_penalty": 1.3}]
+)
 def test_answers_are_of_the_schema_and_end_when_they_are_whole(
     changes: dict[str, Any], engine: TransformersEngine
 ) -> None:
