@@ -223,6 +223,22 @@ def test_a_step_that_fails_is_tried_again_without_harm(
     assert not engine._step._computed  # type: ignore[attr-defined]
 
 
+def test_steps_take_the_threads_that_the_engine_was_given(
+    tiny_lm: TinyLM, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm, of_this_thread, seen = tiny_lm("gpt2"), torch.get_num_threads(), set()
+    forward = lm.forward
+
+    def count(**inputs: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        return forward(**inputs)
+
+    monkeypatch.setattr(lm, "forward", count)
+    asyncio.run(ask(make_engine(lm, n_threads=3), of_tokens("a", [20], max_tokens=3)))
+    assert seen == {3}
+    assert torch.get_num_threads() == of_this_thread
+
+
 def test_logits_that_are_not_finite_fail_their_request_alone(tiny_lm: TinyLM, make_engine: MakeEngine) -> None:
     lm = tiny_lm("llama")
     engine = make_engine(lm)
