@@ -6,7 +6,7 @@
 All answer the merged LM of a bundle (the last one if none is given), each in a process of its own, in turns and on the
 same prompts. Closed loop: so many requests at once, with prompts of 40 to 70 tokens and each for exactly `--tokens`.
 Open loop: requests come at random (Poisson) so many a second, whether the others are answered or not, with prompts of
-40 to 230 tokens and each for 16 to 112. `generate` has those who wait as one static batch, padded on the left, and shows
+40 to 230 tokens and each for 16 to 112. `generate` has those who wait as a static batch, padded on the left, and shows
 nothing before it ends. Out: tables of tokens a second over all requests, the time to the first token and between tokens
 (p50 and p95), ratios, the same as JSON, and a plot in DIR.
 """
