@@ -8,6 +8,7 @@ from mmllm_core.config.data import (
     FileData,
     LlavaData,
 )
+from mmllm_core.config.engine import VllmConfig
 from mmllm_core.config.profile import (
     NAME_PATTERN,
     AudioConfig,
@@ -91,6 +92,7 @@ __all__ = [
     "Tracker",
     "TrainedSource",
     "VisionConfig",
+    "VllmConfig",
     "ZeroConfig",
     "apply_overrides",
     "check_recipe",

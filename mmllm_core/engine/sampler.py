@@ -127,7 +127,11 @@ def _sample(scores: Tensor, states: Sequence[SamplingState]) -> list[int]:
         values, ids = scores.topk(n)  # (n_rows, n)
         likely = (values - total).double().exp()
         ahead = likely.cumsum(-1) - likely  # probability of all that are likelier
-        keeps = (ahead < top_p) & (torch.arange(n, device=device) < top_k) & (likely >= min_p * likely[:, :1])
+        keeps = (
+            ((ahead < top_p) | (ahead == 0))
+            & (torch.arange(n, device=device) < top_k)
+            & (likely >= min_p * likely[:, :1])
+        )
         if n == scores.shape[1] or not bool(keeps[:, -1].any()):
             break
         n = scores.shape[1]  # the last candidate is kept, and so others may be

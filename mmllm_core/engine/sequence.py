@@ -1,42 +1,21 @@
 """One answer on its way: what it asks, what it holds, and what came of it so far. Does not know the LM."""
 
-import asyncio
-import time
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mmllm_core.engine.call import Call
 from mmllm_core.engine.grammar import Grammar
 from mmllm_core.engine.page_pool import PageName, PagePool, page_names
 from mmllm_core.engine.paged_attention import PAGE
-from mmllm_core.engine.protocol import EngineChunk, EngineRequest, FinishReason, TokenLogprob
+from mmllm_core.engine.protocol import EngineChunk, FinishReason, TokenLogprob
 from mmllm_core.engine.rope import Rope
 from mmllm_core.engine.sampler import Choice, SamplingState
 from mmllm_core.engine.text_stream import TextStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Chunks = asyncio.Queue["EngineChunk | BaseException"]
-
-
-@dataclass(eq=False)
-class Call:
-    """A request and where its chunks go; shared by its answers."""
-
-    request: EngineRequest
-    loop: asyncio.AbstractEventLoop
-    grammar: Any = None
-    """Compiled (`mmllm_core.engine.grammar.Grammars`), that all answers keep to."""
-    chunks: Chunks = field(default_factory=asyncio.Queue)
-    aborted: bool = False
-
-    @property
-    def late(self) -> bool:
-        """Whether its time is up."""
-        return self.request.deadline is not None and time.monotonic() >= self.request.deadline
 
 
 class Sequence:

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmllm_core.engine.call import Call, Item, positions
 from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.line_media import LineMedia
 from mmllm_core.engine.page_pool import PagePool
 from mmllm_core.engine.paged_attention import PAGE, StepLayout, page_bytes
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.sampler import choose
-from mmllm_core.engine.sequence import Call, Chunks, Sequence
+from mmllm_core.engine.sequence import Sequence
 from mmllm_core.engine.step import kv_shape, step_of
-from mmllm_core.errors import ConversationError, DeadlineError, EngineError
+from mmllm_core.errors import DeadlineError, EngineError
 from mmllm_core.language import stop_token_ids
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from mmllm_core.connectors import Media
 
 _log = logging.getLogger(__name__)
-
-Item = EngineChunk | BaseException
 
 
 class TransformersEngine:
@@ -106,7 +105,7 @@ class TransformersEngine:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
         """As `Engine.generate`."""
         self.health()
-        limit = self._limit(request)
+        limit = positions(request, self._context_length, self._capacity)
         rope, shares = self._step.rope_of(limit), self._step.shares_prefixes
         schema = request.sampling.json_schema
         grammar = None if schema is None else await asyncio.to_thread(self._grammars.compile, schema)
@@ -120,15 +119,8 @@ class TransformersEngine:
                 self._incoming.put(sequence)
             if self._ended:  # the thread saw `_calls` before or will never see this one
                 self.health()
-            unfinished = request.sampling.n
-            while unfinished:
-                item = await call.chunks.get()
-                if isinstance(item, EngineError):
-                    raise item
-                if isinstance(item, BaseException):
-                    raise EngineError(f"generation failed: {item}") from item
-                yield item
-                unfinished -= item.finish_reason is not None
+            async for chunk in call.answers():
+                yield chunk
         finally:
             call.aborted = True
             self._calls.pop(id(call), None)
@@ -156,20 +148,6 @@ class TransformersEngine:
         """End all requests and the engine's thread."""
         self._incoming.put(None)
         self._thread.join(timeout=30)
-
-    def _limit(self, request: EngineRequest) -> int:
-        """Positions that prompt and answer may take.
-
-        Raises:
-            ConversationError: there is no room for a prompt of that length and a token.
-        """
-        most = min(self._context_length, self._capacity)
-        if request.prompt_tokens + 1 > most:
-            what = "the context" if most == self._context_length else "the memory for keys and values"
-            raise ConversationError(
-                f"the prompt takes {request.prompt_tokens} tokens and {what} holds {most}: shorten it", "messages"
-            )
-        return min(most, request.prompt_tokens + request.sampling.max_tokens)
 
     @torch.inference_mode()
     def _run(self, n_threads: int, started: threading.Event) -> None:
@@ -312,14 +290,14 @@ class TransformersEngine:
 
     def _send(self, items: list[tuple[Call, Item]]) -> None:
         """Hand items to the callers' event loops, one call a loop; a loop may be gone."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Chunks, Item]]] = defaultdict(list)
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Call, Item]]] = defaultdict(list)
         for call, item in items:
-            by_loop[call.loop].append((call.chunks, item))
+            by_loop[call.loop].append((call, item))
         for loop, deliveries in by_loop.items():
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_deliver, deliveries)
 
 
-def _deliver(deliveries: list[tuple[Chunks, Item]]) -> None:
-    for chunks, item in deliveries:
-        chunks.put_nowait(item)
+def _deliver(deliveries: list[tuple[Call, Item]]) -> None:
+    for call, item in deliveries:
+        call.chunks.put_nowait(item)

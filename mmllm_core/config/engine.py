@@ -1,0 +1,21 @@
+"""Settings of engines that are not every engine's."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from mmllm_core.config.reading import StrictModel
+
+
+class VllmConfig(StrictModel):
+    """vLLM's own settings."""
+
+    tensor_parallel: int = Field(default=1, gt=0)
+    """GPUs that share the LM."""
+    quantization: Literal["nf4", "fp8"] | None = None
+    """How vLLM holds the LM's weights: bitsandbytes' NF4, or FP8 on GPUs that compute in it. An LM that was quantized
+    by AWQ, FP8 or the like beforehand says so in its own config."""
+    gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes, weights and keys and values together."""
+    enforce_eager: bool = False
+    """Whether to do without CUDA graphs and compilation: a replica starts sooner and answers later."""

@@ -1,0 +1,315 @@
+"""vLLM as an engine (Kwon et al., 2023, arXiv:2309.06180): for GPUs, and wherever its kernels are the fastest.
+
+In: prompts in embeddings or tokens. Out: streamed text. vLLM schedules, computes and samples, in a process of its own;
+text is made of its tokens here, by the same rules as `TransformersEngine` has. Prompts are always sent as embeddings,
+and prefixes are not cached: vLLM mixes prompts up when some come as tokens or share what they begin with
+(vllm-project/vllm#56655). Does not know images, HTTP or Ray.
+"""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from mmllm_core.config import VllmConfig
+from mmllm_core.engine.call import Call, positions
+from mmllm_core.engine.grammar import Grammars
+from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest, SamplingParams, TokenLogprob
+from mmllm_core.engine.sampler import Choice
+from mmllm_core.engine.sequence import Sequence
+from mmllm_core.errors import ConfigError, DeadlineError, EngineError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_QUANTIZATION = {None: None, "nf4": "bitsandbytes", "fp8": "fp8"}
+
+
+@dataclass
+class _Running:
+    """A call and what computes its answers."""
+
+    call: Call
+    sequences: list[Sequence] = field(default_factory=list)
+    work: "list[Future[None]]" = field(default_factory=list)
+
+
+class VllmEngine:
+    """Implements `mmllm_core.engine.protocol.Engine`.
+
+    Args:
+        folder: of a causal LM as transformers saves it, with its tokenizer.
+        tokenizer: the LM's tokenizer.
+        embed: token ids -> their embeddings (t, d_model), as the LM has them.
+        stop_ids: tokens that end an answer.
+        context_length: most positions that prompt and answer may take together.
+        config: of vLLM.
+        device: `cpu` or `cuda`.
+        adapter: folder of a LoRA adapter, in peft's format, that is applied as vLLM computes.
+        kv_cache_bytes: memory for keys and values on a CPU; on GPUs it is what `config` leaves.
+        max_sequences: that run at a time.
+        step_tokens: positions of a step.
+
+    Raises:
+        ConfigError: vLLM is not installed, or cannot do what is asked of it here.
+        EngineError: vLLM did not start.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        embed: Callable[[Tensor], Tensor],
+        stop_ids: list[int],
+        context_length: int,
+        config: VllmConfig,
+        device: str = "cpu",
+        adapter: Path | None = None,
+        kv_cache_bytes: int = 1_000_000_000,
+        max_sequences: int = 64,
+        step_tokens: int = 256,
+    ):
+        require_vllm(config, device)
+        self._tokenizer = tokenizer
+        self._embed = embed
+        self._stop_ids = stop_ids
+        self._context_length = context_length
+        self._running: dict[int, _Running] = {}
+        self._ended = False
+        self._stats: Any = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+        self._thread.start()
+        settings: dict[str, Any] = {
+            "model": str(folder),
+            "enable_prompt_embeds": True,
+            "enable_prefix_caching": False,
+            "max_model_len": context_length,
+            "max_num_seqs": max_sequences,
+            "max_num_batched_tokens": max(step_tokens, max_sequences),
+            "tensor_parallel_size": config.tensor_parallel,
+            "quantization": _QUANTIZATION[config.quantization],
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "enforce_eager": config.enforce_eager or device == "cpu",
+            "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+        }
+        if device == "cpu":
+            settings["kv_cache_memory_bytes"] = kv_cache_bytes
+        self._adapter: Any = None
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self._adapter = LoRARequest(adapter.name, 1, str(adapter))
+            settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(adapter)}
+        try:
+            self._llm = self._in_loop(self._start(settings)).result()
+        except Exception as error:
+            self.shutdown()
+            raise EngineError(f"vLLM did not start: {first_line(error)}") from error
+        vocab_size = self._llm.model_config.get_vocab_size()
+        self._grammars = Grammars(tokenizer, vocab_size, stop_ids)
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
+        """As `Engine.generate`."""
+        self.health()
+        limit = positions(request, self._context_length, self._context_length)
+        if request.sampling.json_schema is not None:  # vLLM compiles it again; here it is refused by our own error
+            await asyncio.to_thread(self._grammars.compile, request.sampling.json_schema)
+        embeddings = self._prompt(request)
+        call = Call(request, asyncio.get_running_loop())
+        running = self._running[id(call)] = _Running(call)
+        try:
+            for index in range(request.sampling.n):
+                sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids)
+                running.sequences.append(sequence)
+                running.work.append(self._in_loop(self._answer(sequence, embeddings)))
+            async for chunk in call.answers():
+                yield chunk
+        finally:
+            self._running.pop(id(call), None)
+            call.aborted = True
+            for work in running.work:
+                work.cancel()
+
+    def abort(self, request_id: str) -> None:
+        """End a request; unknown ids are ignored."""
+        for running in list(self._running.values()):
+            if running.call.request.id == request_id:
+                running.call.aborted = True
+                for work in running.work:
+                    work.cancel()
+
+    def load(self) -> EngineLoad:
+        """How busy the engine is; how many run, and what they hold, is as of vLLM's last step."""
+        sequences = [s for r in list(self._running.values()) if not r.call.aborted for s in r.sequences]
+        unfinished = [s for s in sequences if not s.finished]
+        running = min(len(unfinished), self._stats.num_running_reqs if self._stats else 0)
+        tokens = sum(s.prompt_tokens + len(s.token_ids) for s in unfinished if s.token_ids)
+        kv_use = self._stats.kv_cache_usage if self._stats and unfinished else 0.0
+        return EngineLoad(len(unfinished) - running, running, tokens, kv_use)
+
+    def health(self) -> None:
+        """Raise `EngineError` if vLLM has ended."""
+        if self._ended:
+            raise EngineError("the engine is down: it was shut down")
+        if self._llm.errored:
+            raise EngineError(f"the engine is down: {first_line(self._llm.dead_error)}")
+
+    def shutdown(self) -> None:
+        """End all requests and vLLM's process."""
+        if self._ended:
+            return
+        self._ended = True
+        for running in list(self._running.values()):
+            for work in running.work:
+                work.cancel()
+        if hasattr(self, "_llm"):
+            self._in_loop(self._stop()).result(timeout=60)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=30)
+
+    def _in_loop(self, work: Any) -> "Future[Any]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    async def _start(self, settings: dict[str, Any]) -> Any:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.metrics.loggers import StatLoggerBase
+
+        engine = self
+
+        class Stats(StatLoggerBase):
+            """Keeps what the scheduler says of itself."""
+
+            def __init__(self, vllm_config: Any, engine_index: int = 0):
+                pass
+
+            def record(self, scheduler_stats: Any, *others: Any, **more: Any) -> None:
+                engine._stats = scheduler_stats or engine._stats
+
+            def log_engine_initialized(self) -> None:
+                pass
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings), stat_loggers=[Stats])
+
+    async def _stop(self) -> None:
+        await asyncio.sleep(0)  # cancelled answers end first
+        self._llm.shutdown()
+
+    def _prompt(self, request: EngineRequest) -> Tensor:
+        """Embeddings (t, d_model) of a prompt."""
+        if request.media is not None:
+            raise EngineError("vLLM's layers cannot look at images: serve cross-attention by the other engine")
+        with torch.inference_mode():
+            found = request.embeddings
+            width = self._llm.model_config.get_hidden_size()
+            if found is None:
+                found = self._embed(torch.tensor(request.token_ids))
+            if found.dim() != 2 or found.shape[1] != width:
+                raise EngineError(f"embeddings of shape {tuple(found.shape)} for an LM {width} wide")
+            return found.detach().to("cpu", self._llm.model_config.dtype).clone()
+
+    async def _answer(self, sequence: Sequence, embeddings: Tensor) -> None:
+        call = sequence.call
+        request = call.request
+        until = request.deadline
+        params = sampling_of(request.sampling, sequence.index, sequence.limit - sequence.prompt_tokens, self._stop_ids)
+        try:
+            async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic())):
+                outputs = self._llm.generate(
+                    {"prompt_embeds": embeddings}, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapter
+                )
+                async with contextlib.aclosing(outputs):
+                    async for output in outputs:
+                        for chunk in _taken(sequence, output.outputs[0]):
+                            call.send(chunk)
+                        if sequence.finished:
+                            return
+            call.send(EngineError("vLLM ended an answer without a reason"))
+        except asyncio.CancelledError:
+            call.send(sequence.finish("abort"))
+            raise
+        except TimeoutError:
+            call.send(DeadlineError("the request's time is up"))
+        except Exception as error:
+            call.send(EngineError(f"vLLM failed: {first_line(error)}"))
+
+
+def require_vllm(config: VllmConfig, device: str) -> None:
+    """Raise unless vLLM is there and can do what is asked of it.
+
+    Raises:
+        ConfigError: it is not installed, or `config` does not go with the device.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise ConfigError("engine: vllm, and vLLM is not installed: pip install 'mmllm[vllm]', or take transformers")
+    if device == "cpu" and config.quantization:
+        raise ConfigError(f"vllm.quantization: {config.quantization} needs a GPU: leave it out, or serve on one")
+    gpus = torch.cuda.device_count()
+    if device != "cpu" and config.tensor_parallel > gpus:
+        raise ConfigError(f"vllm.tensor_parallel: {config.tensor_parallel} GPUs, and there are {gpus}: lower it")
+
+
+def sampling_of(sampling: SamplingParams, index: int, max_tokens: int, stop_ids: list[int]) -> Any:
+    """vLLM's words for how an answer's tokens are chosen; its text, and stop strings in it, are our own."""
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    schema = sampling.json_schema
+    return VllmSamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=0 if schema else min(sampling.min_tokens, max_tokens),
+        temperature=sampling.temperature,
+        top_p=max(sampling.top_p, 1e-9),  # 0, which vLLM refuses, is the likeliest token alone
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        seed=None if sampling.seed is None else (sampling.seed + index) % 2**63,
+        logprobs=sampling.logprobs,
+        stop_token_ids=stop_ids,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+    )
+
+
+def _taken(sequence: Sequence, found: Any) -> list[EngineChunk]:
+    """Chunks of tokens that vLLM found."""
+    chunks = []
+    for i, token in enumerate(found.token_ids):
+        logprob = None if found.logprobs is None else _logprob(token, found.logprobs[i], sequence)
+        if chunk := sequence.take(Choice(token, logprob)):
+            chunks.append(chunk)
+        if sequence.finished:
+            break
+    return chunks
+
+
+def _logprob(token: int, found: dict[int, Any], sequence: Sequence) -> TokenLogprob:
+    n = sequence.call.request.sampling.logprobs or 0
+    ranked = sorted(found.items(), key=lambda item: item[1].rank)
+    top = tuple((other, value.logprob) for other, value in ranked if value.rank <= n)
+    return TokenLogprob(token, found[token].logprob, top)
+
+
+def _lora_rank(adapter: Path) -> int:
+    import json
+
+    rank: int = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    # vLLM knows these alone
+    return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)

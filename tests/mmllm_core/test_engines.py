@@ -1,0 +1,373 @@
+"""What every engine promises (`mmllm_core.engine.protocol.Engine`), tried on each that is installed."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmllm_core.config import MlpConfig, VllmConfig
+from mmllm_core.connectors import LmShape, build_connector
+from mmllm_core.conversation import IMAGE_TOKEN_ID
+from mmllm_core.engine.protocol import Engine, EngineChunk, EngineRequest, SamplingParams
+from mmllm_core.engine.transformers_engine import TransformersEngine
+from mmllm_core.engine.vllm_engine import VllmEngine
+from mmllm_core.errors import ConversationError, DeadlineError, EngineError, SchemaError
+from mmllm_core.language import load_tokenizer, stop_token_ids
+from mmllm_core.model import MultimodalLM
+from mmllm_core.models.profile import load_profile
+from mmllm_core.models.resolve import resolve
+from tests.conftest import TinyLM
+
+ENGINES = ["transformers", *(["vllm"] if find_spec("vllm") else [])]
+CONTEXT = 512
+WIDER = {"hidden_size": 128, "intermediate_size": 160}
+"""vLLM's attention on CPUs knows no heads of less than 32."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An engine, and the same LM for `generate`."""
+
+    engine: Any
+    plain: Any
+    stop_ids: list[int]
+    """That the LM and its tokenizer name."""
+
+    def ending_with(self, *stop_ids: int) -> None:
+        """Say which tokens end answers from now on."""
+        self.engine._stop_ids = list(stop_ids)
+
+
+Start = Callable[[str, Any, Any], Subject]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start an engine of a kind on an LM, which `generate` then has to itself."""
+    started: list[Engine] = []
+
+    def build(kind: str, lm: Any, tokenizer: Any) -> Subject:
+        folder = tmp_path_factory.mktemp("lm")
+        lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        stop_ids = stop_token_ids(lm, tokenizer)
+        engine: Any
+        if kind == "vllm":
+            settings = {"config": VllmConfig(), "kv_cache_bytes": 100_000_000, "stop_ids": stop_ids}
+            engine = VllmEngine(folder, tokenizer, embed=_embedding(lm), context_length=CONTEXT, **settings)
+        else:
+            copy = type(lm).from_pretrained(folder, dtype=torch.float32).eval()
+            engine = TransformersEngine(copy, tokenizer, context_length=CONTEXT, kv_cache_bytes=100_000_000)
+        started.append(engine)
+        subject = Subject(engine, lm, stop_ids)
+        subject.ending_with()
+        return subject
+
+    yield build
+    for engine in started:
+        engine.shutdown()
+
+
+def _embedding(lm: Any) -> Any:
+    return lm.get_input_embeddings()
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def subject(request: pytest.FixtureRequest, start: Start, tiny_lm: TinyLM, tokenizer: Any) -> Subject:
+    return start(request.param, tiny_lm("llama", **WIDER), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_ends_answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "subject" in request.fixturenames:
+        request.getfixturevalue("subject").ending_with()
+
+
+async def ask(engine: Engine, request: EngineRequest) -> list[EngineChunk]:
+    return [chunk async for chunk in engine.generate(request)]
+
+
+def of_tokens(id: str, ids: list[int], deadline: float | None = None, **sampling: Any) -> EngineRequest:
+    return EngineRequest(id, token_ids=tuple(ids), sampling=SamplingParams(**sampling), deadline=deadline)
+
+
+def complete(subject: Subject, ids: list[int], **sampling: Any) -> list[EngineChunk]:
+    return asyncio.run(asyncio.wait_for(ask(subject.engine, of_tokens("a", ids, **sampling)), 120))
+
+
+def together(subject: Subject, *requests: EngineRequest) -> list[Any]:
+    async def all_at_once() -> list[Any]:
+        return await asyncio.gather(*(ask(subject.engine, r) for r in requests), return_exceptions=True)
+
+    return asyncio.run(asyncio.wait_for(all_at_once(), 120))
+
+
+def tokens(chunks: list[EngineChunk], index: int = 0) -> list[int]:
+    return [token for chunk in chunks if chunk.index == index for token in chunk.token_ids]
+
+
+def text_of(chunks: list[EngineChunk], index: int = 0) -> str:
+    return "".join(chunk.text for chunk in chunks if chunk.index == index)
+
+
+def reference(lm: Any, ids: list[int], n: int) -> list[int]:
+    """What `model.generate` says."""
+    output = lm.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids)),
+        max_new_tokens=n,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+    )
+    return output[0, len(ids) :].tolist()
+
+
+PROMPTS = [[5 + i, 20, *range(30, 33 + 7 * (i % 4))] for i in range(8)]
+
+
+def test_greedy_answers_equal_generate(subject: Subject) -> None:
+    found = complete(subject, [5, 20, 30], max_tokens=24)
+    assert tokens(found) == reference(subject.plain, [5, 20, 30], 24)
+    assert text_of(found) == subject.engine._tokenizer.decode(tokens(found))
+    last = found[-1]
+    assert (last.prompt_tokens, last.completion_tokens, last.finish_reason) == (3, 24, "length")
+    assert sum(chunk.finish_reason is not None for chunk in found) == 1
+
+
+def test_requests_that_run_together_do_not_change_each_other(subject: Subject) -> None:
+    requests = [of_tokens(str(i), p, max_tokens=8 + 3 * i) for i, p in enumerate(PROMPTS)]
+    for i, found in enumerate(together(subject, *requests)):
+        assert tokens(found) == reference(subject.plain, PROMPTS[i], 8 + 3 * i), i
+
+
+def test_embeddings_are_answered_as_their_tokens(subject: Subject) -> None:
+    with torch.no_grad():
+        embeddings = subject.plain.get_input_embeddings()(torch.tensor(PROMPTS[3]))
+    mixed = EngineRequest("a", embeddings, SamplingParams(max_tokens=16)), of_tokens("b", PROMPTS[3], max_tokens=16)
+    of_embeddings, of_ids = together(subject, *mixed)
+    assert tokens(of_embeddings) == tokens(of_ids) == reference(subject.plain, PROMPTS[3], 16)
+
+
+def test_images_in_prompts_are_answered_as_by_the_model(subject: Subject) -> None:
+    lm = subject.plain
+    torch.manual_seed(1)
+    model = MultimodalLM(lm, build_connector(MlpConfig(kind="mlp"), 12, LmShape.of(lm.config))).eval()
+    shown = torch.randn(3, 4, 12)
+    prompts = [
+        ([20, *[IMAGE_TOKEN_ID] * 4, 30, 31], shown[:1]),
+        ([21, 22, 23], None),
+        ([*[IMAGE_TOKEN_ID] * 4, 40, *[IMAGE_TOKEN_ID] * 4, 41], shown[1:]),
+    ]
+    with torch.inference_mode():
+        requests = [
+            EngineRequest(str(i), model.embed(torch.tensor([ids]), features)[0], SamplingParams(max_tokens=12))
+            for i, (ids, features) in enumerate(prompts)
+        ]
+    for found, (ids, features) in zip(together(subject, *requests), prompts, strict=True):
+        mask = torch.ones(1, len(ids))
+        expected = model.generate(torch.tensor([ids]), mask, features, max_new_tokens=12, stop_ids=[-1])
+        assert tokens(found) == expected[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("family", ["phi", "phi3"])
+def test_families(kind: str, family: str, start: Start, tiny_lm: TinyLM, tokenizer: Any) -> None:
+    subject = start(kind, tiny_lm(family, **WIDER), tokenizer)
+    requests = [of_tokens(str(i), p, max_tokens=16) for i, p in enumerate(PROMPTS[:4])]
+    for i, found in enumerate(together(subject, *requests)):
+        assert tokens(found) == reference(subject.plain, PROMPTS[i], 16), i
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32, and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(load_profile("embedded").language.source)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), load_tokenizer(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_real_lm(kind: str, start: Start, smollm2: tuple[Any, Any]) -> None:
+    lm, tokenizer = smollm2
+    subject = start(kind, lm, tokenizer)
+    asked = ["What is the capital of France?", "Name three colours.", "Tell me about rivers, and say why they bend."]
+    prompts = []
+    for question in asked:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        prompts.append(tokenizer(rendered, add_special_tokens=False).input_ids)
+    requests = [of_tokens(str(i), p, max_tokens=32) for i, p in enumerate(prompts)]
+    for i, found in enumerate(together(subject, *requests)):
+        assert tokens(found) == reference(lm, prompts[i], 32), asked[i]
+    assert "Paris" in text_of(together(subject, requests[0])[0])
+
+
+def test_a_seed_gives_the_same_sample_in_any_company(subject: Subject) -> None:
+    sampling = {"max_tokens": 16, "temperature": 1.0, "top_p": 0.95}
+    alone = tokens(complete(subject, [5, 6], seed=7, **sampling))
+    others = [of_tokens(str(i), [9 + i, 9], seed=i, **sampling) for i in range(3)]
+    assert tokens(together(subject, *others, of_tokens("b", [5, 6], seed=7, **sampling))[-1]) == alone
+    assert tokens(complete(subject, [5, 6], seed=8, **sampling)) != alone
+
+
+def test_what_leaves_one_choice_is_greedy(subject: Subject) -> None:
+    greedy = tokens(complete(subject, [5, 6], max_tokens=8))
+    for choice in ({"top_k": 1}, {"top_p": 0.0}, {"min_p": 1.0}):
+        assert tokens(complete(subject, [5, 6], max_tokens=8, temperature=1.5, seed=1, **choice)) == greedy, choice
+
+
+def test_penalties_keep_tokens_from_coming_again(subject: Subject) -> None:
+    free = tokens(complete(subject, [5, 6], max_tokens=40))
+    assert len(set(free)) < 40
+    for penalty in ({"presence_penalty": 100.0}, {"frequency_penalty": 100.0}):
+        assert len(set(tokens(complete(subject, [5, 6], max_tokens=40, **penalty)))) == 40, penalty
+    assert tokens(complete(subject, [5, 6], max_tokens=40, repetition_penalty=1.5)) != free
+
+
+def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(subject: Subject) -> None:
+    whole = tokens(complete(subject, [5, 20, 30], max_tokens=24))
+    subject.ending_with(whole[3])
+    found = complete(subject, [5, 20, 30], max_tokens=24)
+    assert tokens(found) == whole[: whole.index(whole[3])]
+    assert found[-1].finish_reason == "stop"
+    assert found[-1].completion_tokens == len(tokens(found))
+
+
+def test_min_tokens_hold_a_stop_token_back(subject: Subject) -> None:
+    whole = tokens(complete(subject, [5, 20, 30], max_tokens=24))
+    subject.ending_with(whole[3])
+    found = tokens(complete(subject, [5, 20, 30], max_tokens=24, min_tokens=10))
+    assert len(found) >= 10
+    assert whole[3] not in found[:10]
+
+
+def test_a_stop_string_is_cut_off_and_never_shown(subject: Subject) -> None:
+    whole = text_of(complete(subject, [5, 20, 30], max_tokens=24))
+    stop = whole[4:9]  # across tokens
+    found = complete(subject, [5, 20, 30], max_tokens=24, stop=(stop,))
+    assert text_of(found) == whole[: whole.index(stop)]
+    assert found[-1].finish_reason == "stop"
+
+
+def test_characters_are_never_split(subject: Subject) -> None:
+    found = complete(subject, [5, 6], max_tokens=200, temperature=2.0, seed=3)
+    whole = subject.engine._tokenizer.decode(tokens(found))
+    assert text_of(found) == whole
+    assert any(ord(character) > 127 for character in whole)
+    for chunk in found[:-1]:
+        assert chunk.text == "" or not chunk.text.endswith("\ufffd") or chunk.text in whole
+
+
+def test_logprobs_are_the_lms_own(subject: Subject) -> None:
+    found = complete(subject, [5, 20, 30], max_tokens=6, logprobs=3, temperature=0.7, seed=2)
+    chosen, told = tokens(found), [logprob for chunk in found for logprob in chunk.logprobs]
+    assert [logprob.token_id for logprob in told] == chosen
+    with torch.no_grad():
+        logits = subject.plain(torch.tensor([[5, 20, 30, *chosen]])).logits[0, 2:-1]  # (n, vocab)
+    expected = logits.log_softmax(-1)
+    for i, logprob in enumerate(told):
+        assert logprob.logprob == pytest.approx(float(expected[i, chosen[i]]), abs=1e-3)
+        values, ids = expected[i].topk(3)
+        assert [token for token, _ in logprob.top] == ids.tolist()
+        assert [value for _, value in logprob.top] == pytest.approx(values.tolist(), abs=1e-3)
+
+
+def test_several_answers_to_one_prompt(subject: Subject) -> None:
+    sampling = {"n": 3, "max_tokens": 12, "temperature": 1.0, "seed": 5}
+    found = complete(subject, [5, 20, 30], **sampling)
+    answers = [tokens(found, index) for index in range(3)]
+    assert len({tuple(answer) for answer in answers}) == 3
+    assert {chunk.index for chunk in found if chunk.finish_reason == "length"} == {0, 1, 2}
+    again = complete(subject, [5, 20, 30], **sampling)
+    assert [tokens(again, index) for index in range(3)] == answers
+
+
+def test_answers_keep_to_a_schema(subject: Subject) -> None:
+    colours = {"enum": ["red", "blue"]}
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": colours}, "required": ["a", "b"]}
+    subject.ending_with(*subject.stop_ids)
+    bound = of_tokens("a", [5, 6], json_schema=json.dumps(schema), max_tokens=100, temperature=1.0, seed=1)
+    found, free = together(subject, bound, of_tokens("b", [5, 6], max_tokens=4))
+    value = json.loads(text_of(found))
+    assert list(value) == ["a", "b"]
+    assert value["b"] in colours["enum"]
+    assert found[-1].finish_reason == "stop"
+    assert tokens(free)
+    with pytest.raises(SchemaError, match="not a JSON schema"):
+        complete(subject, [5, 6], json_schema='{"type": "shape"}')
+
+
+def test_a_prompt_that_does_not_fit_is_refused(subject: Subject) -> None:
+    with pytest.raises(ConversationError, match="512"):
+        complete(subject, [5] * 512)
+    found = complete(subject, [5] * 500, max_tokens=100)
+    assert found[-1].completion_tokens == 12
+    assert found[-1].finish_reason == "length"
+
+
+def test_a_bad_request_fails_alone(subject: Subject) -> None:
+    bad = EngineRequest("bad", torch.zeros(3, 7), SamplingParams())
+    failed, good = together(subject, bad, of_tokens("good", [5, 6], max_tokens=8))
+    assert isinstance(failed, EngineError)
+    assert "7" in str(failed)
+    assert tokens(good) == reference(subject.plain, [5, 6], 8)
+    subject.engine.health()
+
+
+def test_a_deadline_ends_its_request_alone(subject: Subject) -> None:
+    late = of_tokens("late", [20], time.monotonic() + 0.05, max_tokens=500)
+    failed, other = together(subject, late, of_tokens("b", [21], max_tokens=8))
+    assert isinstance(failed, DeadlineError)
+    assert tokens(other) == reference(subject.plain, [21], 8)
+
+
+def test_who_leaves_or_is_aborted_frees_the_engine(subject: Subject) -> None:
+    async def leave() -> list[str | None]:
+        stream = subject.engine.generate(of_tokens("a", [5, 6], max_tokens=500, temperature=2.0))
+        await anext(stream)
+        assert subject.engine.load().running + subject.engine.load().waiting == 1
+        await stream.aclose()
+        aborted = subject.engine.generate(of_tokens("b", [5, 6], max_tokens=500, temperature=2.0, n=2))
+        await anext(aborted)
+        subject.engine.abort("unknown")
+        subject.engine.abort("b")
+        return [chunk.finish_reason async for chunk in aborted if chunk.finish_reason]
+
+    assert asyncio.run(asyncio.wait_for(leave(), 60)) == ["abort", "abort"]
+    load = subject.engine.load()
+    assert load.running == load.waiting == load.tokens_in_flight == 0
+
+
+def test_two_requests_of_one_id_are_two(subject: Subject) -> None:
+    first, second = together(subject, *(of_tokens("same", [5, 6 + i], max_tokens=8 - 4 * i) for i in (0, 1)))
+    assert tokens(first) == reference(subject.plain, [5, 6], 8)
+    assert tokens(second) == reference(subject.plain, [5, 7], 4)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_an_engine_that_was_shut_down_ends_requests_and_is_not_healthy(
+    kind: str, start: Start, tiny_lm: TinyLM, tokenizer: Any, tmp_path: Path
+) -> None:
+    engine = start(kind, tiny_lm("llama", **WIDER), tokenizer).engine
+
+    async def shut_down_midway() -> str | None:
+        stream = engine.generate(of_tokens("a", [5, 6], max_tokens=500, temperature=2.0))
+        await anext(stream)
+        await asyncio.to_thread(engine.shutdown)
+        return [chunk async for chunk in stream][-1].finish_reason
+
+    assert asyncio.run(asyncio.wait_for(shut_down_midway(), 60)) == "abort"
+    with pytest.raises(EngineError, match="down"):
+        engine.health()
