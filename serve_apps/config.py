@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mmllm_core.config import StrictModel
+from mmllm_core.config import StrictModel, VllmConfig
 from mmllm_core.data.feature_location import absolute_location
 
 
@@ -141,15 +141,26 @@ class PhiConfig(ModelDeploymentConfig):
 
     modality = "text"
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What decodes. vLLM is for GPUs: pip install 'mmllm[vllm]'."""
+    vllm: VllmConfig = VllmConfig()
     kv_cache_bytes: int = Field(default=1_000_000_000, gt=0)
-    """Memory for keys and values of prompts and answers, taken when a replica starts; requests wait for room in it."""
+    """Memory for keys and values of prompts and answers, taken when a replica starts; requests wait for room in it.
+    On GPUs vLLM goes by `vllm.gpu_memory_utilization` instead."""
     merged: bool = True
     """Whether the LM is dequantized and its adapter merged as a replica starts. It answers sooner then, and takes two
-    or four bytes a weight, by the dtype that it is computed in."""
+    or four bytes a weight, by the dtype that it is computed in. vLLM always dequantizes, and otherwise applies the
+    adapter as it computes."""
     step_tokens: int = Field(default=256, gt=0)
     """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)
     """Text that comes within it travels together; the first piece never waits."""
+
+    @model_validator(mode="after")
+    def _settings_are_of_the_engine(self) -> "PhiConfig":
+        if self.engine != "vllm" and self.vllm != VllmConfig():
+            raise ValueError(f"vllm: set, and engine is {self.engine}: leave it out, or set engine to vllm")
+        return self
 
 
 class IngressConfig(DeploymentConfig):

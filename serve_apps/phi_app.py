@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.conversation import IMAGE_TOKEN_ID, render
-from mmllm_core.engine.protocol import Engine, EngineChunk, EngineLoad, EngineRequest
-from mmllm_core.engine.transformers_engine import TransformersEngine
-from mmllm_core.merging import merge_adapter
-from mmllm_core.model import MultimodalLM
+from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from serve_apps.config import PhiConfig
+from serve_apps.phi_engine import start_engine
 from serve_apps.prompt import Prompt
 
 
@@ -32,7 +30,7 @@ class PhiDeployment:
 
     Raises:
         BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
-        ExportError: its adapter cannot be merged, as `config.merged` asks.
+        ConfigError, ExportError, EngineError: as `start_engine`.
     """
 
     def __init__(self, bundle: Path, config: PhiConfig):
@@ -43,7 +41,7 @@ class PhiDeployment:
         self._tokenizer = opened.tokenizer
         torch.set_num_threads(config.n_threads)
         with ThreadPoolExecutor(1) as starting:  # its team of threads ends with it: the engine's shall be the only one
-            self._model, self._engine = starting.submit(_start, opened, config).result()
+            self._model, self._engine = starting.submit(start_engine, opened, config).result()
         torch.set_num_threads(1)  # of the threads that embed prompts
         self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
 
@@ -92,24 +90,6 @@ class PhiDeployment:
             self._model.media(input_ids, features),
             content=content_of(rendered.input_ids, prompt.features, self._n_image_tokens),
         )
-
-
-def _start(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
-    model = bundle.load_model(config.device)
-    if config.merged:
-        dtype = model.causal_lm.get_input_embeddings().weight.dtype
-        model.lm = merge_adapter(model.lm, dtype)
-    engine = TransformersEngine(
-        model.lm,
-        bundle.tokenizer,
-        context_length=bundle.profile.language.context_length,
-        showing=model.showing,
-        kv_cache_bytes=config.kv_cache_bytes,
-        max_sequences=config.max_ongoing_requests,
-        step_tokens=config.step_tokens,
-        n_threads=config.n_threads,
-    )
-    return model, engine
 
 
 def content_of(input_ids: Sequence[int], features: NDArray[np.float16] | None, n_image_tokens: int) -> tuple[int, ...]:

@@ -92,6 +92,7 @@ class VllmEngine:
         self._thread.start()
         settings: dict[str, Any] = {
             "model": str(folder),
+            "dtype": _dtype(folder),
             "enable_prompt_embeds": True,
             "enable_prefix_caching": False,
             "max_model_len": context_length,
@@ -222,9 +223,9 @@ class VllmEngine:
     async def _answer(self, sequence: Sequence, embeddings: Tensor) -> None:
         call = sequence.call
         request = call.request
-        until = request.deadline
-        params = sampling_of(request.sampling, sequence.index, sequence.limit - sequence.prompt_tokens, self._stop_ids)
+        until, room = request.deadline, sequence.limit - sequence.prompt_tokens
         try:
+            params = sampling_of(request.sampling, sequence.index, room, self._stop_ids)
             async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic())):
                 outputs = self._llm.generate(
                     {"prompt_embeds": embeddings}, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapter
@@ -263,7 +264,13 @@ def require_vllm(config: VllmConfig, device: str) -> None:
 
 
 def sampling_of(sampling: SamplingParams, index: int, max_tokens: int, stop_ids: list[int]) -> Any:
-    """vLLM's words for how an answer's tokens are chosen; its text, and stop strings in it, are our own."""
+    """vLLM's words for how an answer's tokens are chosen; its text, and stop strings in it, are our own.
+
+    Of embeddings vLLM does not know the tokens, so `repetition_penalty` is for those of the answer alone.
+
+    Raises:
+        ValueError: out of vLLM's bounds.
+    """
     from vllm import SamplingParams as VllmSamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -305,6 +312,13 @@ def _logprob(token: int, found: dict[int, Any], sequence: Sequence) -> TokenLogp
     ranked = sorted(found.items(), key=lambda item: item[1].rank)
     top = tuple((other, value.logprob) for other, value in ranked if value.rank <= n)
     return TokenLogprob(token, found[token].logprob, top)
+
+
+def _dtype(folder: Path) -> str:
+    """In which the LM was saved; left to itself, vLLM computes float32 in bfloat16."""
+    from transformers import AutoConfig
+
+    return str(AutoConfig.from_pretrained(folder).dtype).removeprefix("torch.")
 
 
 def _lora_rank(adapter: Path) -> int:

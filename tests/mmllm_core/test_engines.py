@@ -228,12 +228,33 @@ def test_what_leaves_one_choice_is_greedy(subject: Subject) -> None:
         assert tokens(complete(subject, [5, 6], max_tokens=8, temperature=1.5, seed=1, **choice)) == greedy, choice
 
 
-def test_penalties_keep_tokens_from_coming_again(subject: Subject) -> None:
-    free = tokens(complete(subject, [5, 6], max_tokens=40))
-    assert len(set(free)) < 40
-    for penalty in ({"presence_penalty": 100.0}, {"frequency_penalty": 100.0}):
-        assert len(set(tokens(complete(subject, [5, 6], max_tokens=40, **penalty)))) == 40, penalty
-    assert tokens(complete(subject, [5, 6], max_tokens=40, repetition_penalty=1.5)) != free
+@pytest.mark.parametrize(
+    ("repetition", "presence", "frequency"), [(1.0, 2.0, 0.0), (1.0, 0.0, 1.5), (1.4, 0.0, 0.0), (1.2, -0.5, 0.7)]
+)
+def test_penalties_are_for_what_the_answer_holds(
+    repetition: float, presence: float, frequency: float, subject: Subject
+) -> None:
+    with torch.inference_mode():
+        prompt = subject.plain.get_input_embeddings()(torch.tensor([5, 6]))
+        expected: list[int] = []
+        for _ in range(24):
+            ids = torch.tensor([[5, 6, *expected]])
+            logits = subject.plain(ids).logits[0, -1]
+            for token in set(expected):
+                value = logits[token] / repetition if logits[token] > 0 else logits[token] * repetition
+                logits[token] = value - presence - frequency * expected.count(token)
+            expected.append(int(logits.argmax()))
+    penalties = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
+    request = EngineRequest("a", prompt, SamplingParams(max_tokens=24, **penalties))
+    assert tokens(together(subject, request)[0]) == expected
+    assert expected != tokens(complete(subject, [5, 6], max_tokens=24))
+
+
+def test_what_an_engine_refuses_is_an_error(subject: Subject) -> None:
+    if isinstance(subject.engine, TransformersEngine):
+        pytest.skip("it knows no bounds of penalties")
+    with pytest.raises(EngineError, match="presence_penalty"):
+        complete(subject, [5, 6], presence_penalty=100.0)
 
 
 def test_a_stop_token_ends_the_answer_and_is_no_part_of_it(subject: Subject) -> None:

@@ -1,0 +1,91 @@
+"""A bundle -> the engine that a serve config asks for, and the model that embeds prompts for it.
+
+Does not know prompts, HTTP or Ray.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmllm_core.bundle import Bundle
+from mmllm_core.engine.protocol import Engine
+from mmllm_core.engine.transformers_engine import TransformersEngine
+from mmllm_core.engine.vllm_engine import VllmEngine, require_vllm
+from mmllm_core.errors import ConfigError
+from mmllm_core.language import load_language_model, stop_token_ids
+from mmllm_core.merging import merge_adapter
+from mmllm_core.model import MultimodalLM
+from serve_apps.config import PhiConfig
+
+
+def start_engine(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
+    """Load a bundle's model and start its engine.
+
+    Returns:
+        The model, for embedding prompts alone, and the engine.
+
+    Raises:
+        ConfigError: the engine is not there, or cannot run such a bundle.
+        ExportError: the adapter cannot be merged, as `config.merged` asks.
+        EngineError: the engine did not start.
+    """
+    if config.engine == "vllm":
+        return _vllm(bundle, config)
+    model = bundle.load_model(config.device)
+    if config.merged:
+        model.lm = _merged(model.lm)
+    engine = TransformersEngine(
+        model.lm,
+        bundle.tokenizer,
+        context_length=bundle.profile.language.context_length,
+        showing=model.showing,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_sequences=config.max_ongoing_requests,
+        step_tokens=config.step_tokens,
+        n_threads=config.n_threads,
+    )
+    return model, engine
+
+
+def _vllm(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
+    """vLLM reads the LM from a folder; here its embeddings and the connector are kept."""
+    require_vllm(config.vllm, config.device)
+    if bundle.profile.connector.kind == "cross_attention":
+        raise ConfigError(
+            f"phi.engine: vllm, and the layers of bundle '{bundle.info.name}' look at images themselves "
+            "(cross_attention), which vLLM's cannot: take transformers"
+        )
+    language, tokenizer = bundle.profile.language, bundle.tokenizer
+    adapter = bundle.folder / "adapter"
+    applied = adapter if adapter.is_dir() and not config.merged else None
+    model = bundle.load_model()
+    lm: Any = model.lm if applied is None else load_language_model(language, bundle.weights(language.source))
+    lm = _merged(lm)
+    with tempfile.TemporaryDirectory(prefix="mmllm-lm-") as folder:
+        lm.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        stop_ids = stop_token_ids(lm, tokenizer)
+        lm.base_model.layers = nn.ModuleList()  # vLLM has its own
+        model = MultimodalLM(lm, model.connector).eval().requires_grad_(False).to(config.device)
+        engine = VllmEngine(
+            Path(folder),
+            tokenizer,
+            embed=lm.get_input_embeddings(),
+            stop_ids=stop_ids,
+            context_length=language.context_length,
+            config=config.vllm,
+            device=config.device,
+            adapter=applied,
+            kv_cache_bytes=config.kv_cache_bytes,
+            max_sequences=config.max_ongoing_requests,
+            step_tokens=config.step_tokens,
+        )
+    return model, engine
+
+
+def _merged(lm: Any) -> Any:
+    dtype: torch.dtype = lm.get_input_embeddings().weight.dtype
+    return merge_adapter(lm, dtype)
