@@ -32,7 +32,8 @@ def start(tmp_path: Path, tokenizer: Any) -> Iterator[Start]:
         lm.save_pretrained(tmp_path / "lm")
         tokenizer.save_pretrained(tmp_path / "lm")
         given = {"embed": lm.get_input_embeddings(), "stop_ids": [], "context_length": 256, "config": VllmConfig()}
-        started.append(VllmEngine(tmp_path / "lm", tokenizer, **given, kv_cache_bytes=50_000_000, **settings))
+        given |= {"kv_cache_bytes": 100_000_000}
+        started.append(VllmEngine(tmp_path / "lm", tokenizer, **(given | settings)))
         return started[-1]
 
     yield build
@@ -72,12 +73,14 @@ def test_an_adapter_is_applied(start: Start, tiny_lm: TinyLM, tmp_path: Path) ->
 
 @needs_vllm
 def test_a_process_that_dies_fails_its_requests_and_its_health(start: Start, tiny_lm: TinyLM) -> None:
-    engine = start(tiny_lm("llama", **WIDER))
+    engine = start(tiny_lm("llama", **WIDER, max_position_embeddings=20_000), context_length=20_000)
 
     async def die() -> list[Any]:
-        asking = [asyncio.ensure_future(ask(engine, [20, i], max_tokens=250, temperature=2.0)) for i in range(2)]
+        asking = [asyncio.ensure_future(ask(engine, [20, i], max_tokens=19_000, temperature=2.0)) for i in range(2)]
         await asyncio.sleep(0.3)
-        for process in _children(os.getpid()):
+        processes = _engine_processes(os.getpid())
+        assert processes
+        for process in processes:
             os.kill(process, signal.SIGKILL)
         return await asyncio.gather(*asking, return_exceptions=True)
 
@@ -92,8 +95,8 @@ def test_a_process_that_dies_fails_its_requests_and_its_health(start: Start, tin
         asyncio.run(ask(engine, [20], max_tokens=1))
 
 
-def _children(pid: int) -> list[int]:
-    """Engine processes below a process."""
+def _engine_processes(pid: int) -> list[int]:
+    """vLLM's processes whose parent is a process."""
     listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
     return [int(child) for child, parent, args in rows if int(parent) == pid and "EngineCore" in args]
