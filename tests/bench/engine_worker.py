@@ -1,6 +1,6 @@
 """One way to answer requests, in a process of its own, for `tests.bench.engines`.
 
-    python -m tests.bench.engine_worker generate|transformers LM_FOLDER
+    python -m tests.bench.engine_worker generate|transformers|vllm LM_FOLDER
 
 Reads lines of JSON, each a list of requests {"ids": prompt, "n": tokens to give, "at": when it comes, in seconds}, and
 answers each line by one: {"seconds": until all are answered, "first": seconds to each first token, "between": seconds
@@ -23,9 +23,11 @@ MOST = 64
 
 Measured = dict[str, Any]
 Answer = Callable[[list[dict[str, Any]]], Measured]
+Way = tuple[Answer, Callable[[], None]]
+"""How requests are answered, and how that is ended."""
 
 
-def of_generate(folder: Path) -> Answer:
+def of_generate(folder: Path) -> Way:
     """`transformers.generate`: whoever waits when it is free becomes one static batch, padded on the left."""
     import torch
 
@@ -47,10 +49,10 @@ def of_generate(folder: Path) -> Answer:
             first += [time.perf_counter() - started - r["at"] for r in batch]  # all of an answer comes at once
         return {"seconds": time.perf_counter() - started, "first": first, "between": []}
 
-    return answer
+    return answer, lambda: None
 
 
-def of_engine(engine: Any) -> Answer:
+def of_engine(engine: Any) -> Way:
     """An engine of ours."""
     from mmllm_core.engine.protocol import EngineRequest, SamplingParams
 
@@ -77,7 +79,7 @@ def of_engine(engine: Any) -> Answer:
         return {"seconds": time.perf_counter() - started, "first": first, "between": between}
 
     loop = asyncio.new_event_loop()
-    return lambda requests: loop.run_until_complete(answer(requests))
+    return lambda requests: loop.run_until_complete(answer(requests)), engine.shutdown
 
 
 def transformers_engine(folder: Path) -> Any:
@@ -93,6 +95,23 @@ def transformers_engine(folder: Path) -> Any:
         return starting.submit(start).result()
 
 
+def vllm_engine(folder: Path) -> Any:
+    """vLLM as the service starts it."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from mmllm_core.config import VllmConfig
+    from mmllm_core.engine.vllm_engine import VllmEngine
+    from mmllm_core.language import stop_token_ids
+
+    lm, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {"context_length": CONTEXT, "config": VllmConfig(), "device": device}
+    return VllmEngine(
+        folder, tokenizer, embed=lm.get_input_embeddings(), stop_ids=stop_token_ids(lm, tokenizer), **settings
+    )
+
+
 def load(folder: Path) -> Any:
     """A causal LM in the dtype in which it was saved, on as many threads as there are CPUs."""
     import torch
@@ -102,9 +121,10 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
-WAYS: dict[str, Callable[[Path], Answer]] = {
+WAYS: dict[str, Callable[[Path], Way]] = {
     "generate": of_generate,
     "transformers": lambda folder: of_engine(transformers_engine(folder)),
+    "vllm": lambda folder: of_engine(vllm_engine(folder)),
 }
 
 
@@ -112,9 +132,10 @@ def main() -> None:
     """Answer until there is nothing more to read."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    answer = WAYS[sys.argv[1]](Path(sys.argv[2]))
+    answer, end = WAYS[sys.argv[1]](Path(sys.argv[2]))
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), file=answers, flush=True)
+    end()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Decoding speed of the engines beside `transformers.generate`, in closed and open loops.
 
     python -m tests.bench.engines [BUNDLE] [--tokens 64] [--rounds 3] [--concurrent 1 4 8 16 32] [--rates 1 2 4]
-        [--seconds 20] [--out DIR]
+        [--seconds 20] [--vllm-python .venv-vllm/bin/python] [--out DIR]
 
 All answer the merged LM of a bundle (the last one if none is given), each in a process of its own, in turns and on the
 same prompts. Closed loop: so many requests at once, with prompts of 40 to 70 tokens and each for exactly `--tokens`.
 Open loop: requests come at random (Poisson) so many a second, whether the others are answered or not, with prompts of
 40 to 230 tokens and each for 16 to 112. `generate` has those who wait as a static batch, padded on the left, and shows
-nothing before it ends. Out: tables of tokens a second over all requests, the time to the first token and between tokens
-(p50 and p95), ratios, the same as JSON, and a plot in DIR.
+nothing before it ends. vLLM takes part if a Python that has it is named (`make test-vllm` makes one). Out: tables of
+tokens a second over all requests, the time to the first token and between tokens (p50 and p95), ratios, the same as
+JSON, and a plot in DIR.
 """
 
 import argparse
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, nargs="*", default=[1, 4, 8, 16, 32])
     parser.add_argument("--rates", type=float, nargs="*", default=[1, 2, 4])
     parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--vllm-python", help="a Python with vLLM, which then takes part")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
@@ -168,6 +170,8 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         del lm
         workers = [Worker(way, Path(folder)) for way in ("generate", "transformers")]
+        if options.vllm_python:
+            workers.append(Worker("vllm", Path(folder), options.vllm_python))
         together: dict[str, dict[str, Measured]] = {}
         coming: dict[str, dict[str, Measured]] = {}
         for i in range(options.rounds + 1):
