@@ -147,18 +147,30 @@ class Bundle:
 
     def load_model(self, device: str = "cpu") -> "MultimodalLM":
         """Load LM, adapter and connector, frozen and in eval mode."""
-        from safetensors.torch import load_file
-
-        from mmllm_core.connectors import LmShape, build_connector
         from mmllm_core.language import load_adapter, load_language_model
         from mmllm_core.model import MultimodalLM
 
         lm: Any = load_language_model(self.profile.language, self.weights(self.profile.language.source), device)
-        connector = build_connector(self.profile.connector, self.info.d_vision, LmShape.of(lm.config))
-        connector.load_state_dict(load_file(self.folder / "connector.safetensors"))
-        if (self.folder / "adapter").is_dir():
-            lm = load_adapter(lm, self.folder / "adapter")
+        connector = self.load_connector(lm.config)
+        if self.adapter:
+            lm = load_adapter(lm, self.adapter)
         return MultimodalLM(lm, connector.to(device)).eval().requires_grad_(False)
+
+    def load_connector(self, lm_config: Any) -> "Connector":
+        """Load the connector, for an LM of such a config."""
+        from safetensors.torch import load_file
+
+        from mmllm_core.connectors import LmShape, build_connector
+
+        connector = build_connector(self.profile.connector, self.info.d_vision, LmShape.of(lm_config))
+        connector.load_state_dict(load_file(self.folder / "connector.safetensors"))
+        return connector
+
+    @property
+    def adapter(self) -> Path | None:
+        """Folder of the LM's adapter, in peft's format, if there is one."""
+        folder = self.folder / "adapter"
+        return folder if folder.is_dir() else None
 
 
 def save_bundle(

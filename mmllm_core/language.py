@@ -107,6 +107,33 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
     return lm.eval().requires_grad_(False)
 
 
+def load_embeddings(config: LanguageConfig, folder: Path, device: str = "cpu") -> "PreTrainedModel":
+    """Load a causal LM without its layers, whatever they are quantized by: it can embed tokens and nothing else.
+
+    Raises:
+        WeightsError: the folder holds no weights that fit.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        lm_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        lm_config.num_hidden_layers = 0
+        if getattr(lm_config, "layer_types", None):
+            lm_config.layer_types = []
+        vars(lm_config).pop("quantization_config", None)
+        lm = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=lm_config,
+            dtype=getattr(torch, compute_dtype(config.dtype, device)),
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"{folder}: holds no causal LM that can be loaded: {error}") from error
+    return lm.to(device).eval().requires_grad_(False)
+
+
 def unfreeze(lm: "PreTrainedModel") -> None:
     """Make every weight of an LM trainable, in the dtype that it has: full fine-tuning.
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.engine.protocol import Engine
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.engine.vllm_engine import VllmEngine, require_vllm
 from mmllm_core.errors import ConfigError
-from mmllm_core.language import load_language_model, stop_token_ids
+from mmllm_core.language import load_embeddings, load_language_model, stop_token_ids
 from mmllm_core.merging import merge_adapter
 from mmllm_core.model import MultimodalLM
 from serve_apps.config import PhiConfig
@@ -59,31 +58,37 @@ def _vllm(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
             "(cross_attention), which vLLM's cannot: take transformers"
         )
     language, tokenizer = bundle.profile.language, bundle.tokenizer
-    adapter = bundle.folder / "adapter"
-    applied = adapter if adapter.is_dir() and not config.merged else None
-    model = bundle.load_model()
-    lm: Any = model.lm if applied is None else load_language_model(language, bundle.weights(language.source))
-    lm = _merged(lm)
-    with tempfile.TemporaryDirectory(prefix="mmllm-lm-") as folder:
-        lm.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        stop_ids = stop_token_ids(lm, tokenizer)
-        lm.base_model.layers = nn.ModuleList()  # vLLM has its own
-        model = MultimodalLM(lm, model.connector).eval().requires_grad_(False).to(config.device)
+    with tempfile.TemporaryDirectory(prefix="mmllm-lm-") as scratch:
+        folder = _lm_for_vllm(bundle, config, Path(scratch))
+        lm: Any = load_embeddings(language, folder, config.device)
+        model = MultimodalLM(lm, bundle.load_connector(lm.config).to(config.device)).eval().requires_grad_(False)
         engine = VllmEngine(
-            Path(folder),
+            folder,
             tokenizer,
             embed=lm.get_input_embeddings(),
-            stop_ids=stop_ids,
+            stop_ids=stop_token_ids(lm, tokenizer),
             context_length=language.context_length,
+            dtype=lm.get_input_embeddings().weight.dtype,
             config=config.vllm,
             device=config.device,
-            adapter=applied,
+            adapter=None if config.merged else bundle.adapter,
             kv_cache_bytes=config.kv_cache_bytes,
             max_sequences=config.max_ongoing_requests,
             step_tokens=config.step_tokens,
         )
     return model, engine
+
+
+def _lm_for_vllm(bundle: Bundle, config: PhiConfig, scratch: Path) -> Path:
+    """Folder of the LM as vLLM is to load it: as it is, or else plain and merged in `scratch`."""
+    language = bundle.profile.language
+    stored = bundle.weights(language.source)
+    if language.quantization == "none" and (bundle.adapter is None or not config.merged):
+        return stored
+    lm: Any = bundle.load_model().lm if config.merged else load_language_model(language, stored)
+    _merged(lm).save_pretrained(scratch)
+    bundle.tokenizer.save_pretrained(scratch)
+    return scratch
 
 
 def _merged(lm: Any) -> Any:

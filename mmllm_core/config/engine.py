@@ -12,9 +12,9 @@ class VllmConfig(StrictModel):
 
     tensor_parallel: int = Field(default=1, gt=0)
     """GPUs that share the LM."""
-    quantization: Literal["nf4", "fp8"] | None = None
-    """How vLLM holds the LM's weights: bitsandbytes' NF4, or FP8 on GPUs that compute in it. An LM that was quantized
-    by AWQ, FP8 or the like beforehand says so in its own config."""
+    quantization: Literal["nf4", "awq", "fp8"] | None = None
+    """How vLLM holds the LM's weights: bitsandbytes' NF4, FP8 on GPUs that compute in it, or AWQ for an LM that was
+    quantized so beforehand. If None, as the LM's own config says."""
     gpu_memory_utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory that vLLM takes, weights and keys and values together."""
     enforce_eager: bool = False

@@ -31,7 +31,7 @@ from mmllm_core.errors import ConfigError, DeadlineError, EngineError, first_lin
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_QUANTIZATION = {None: None, "nf4": "bitsandbytes", "fp8": "fp8"}
+_QUANTIZATION = {None: None, "nf4": "bitsandbytes", "awq": "awq", "fp8": "fp8"}
 
 
 @dataclass
@@ -52,6 +52,7 @@ class VllmEngine:
         embed: token ids -> their embeddings (t, d_model), as the LM has them.
         stop_ids: tokens that end an answer.
         context_length: most positions that prompt and answer may take together.
+        dtype: that the LM is computed in.
         config: of vLLM.
         device: `cpu` or `cuda`.
         adapter: folder of a LoRA adapter, in peft's format, that is applied as vLLM computes.
@@ -72,6 +73,7 @@ class VllmEngine:
         embed: Callable[[Tensor], Tensor],
         stop_ids: list[int],
         context_length: int,
+        dtype: torch.dtype,
         config: VllmConfig,
         device: str = "cpu",
         adapter: Path | None = None,
@@ -92,7 +94,7 @@ class VllmEngine:
         self._thread.start()
         settings: dict[str, Any] = {
             "model": str(folder),
-            "dtype": _dtype(folder),
+            "dtype": str(dtype).removeprefix("torch."),
             "enable_prompt_embeds": True,
             "enable_prefix_caching": False,
             "max_model_len": context_length,
@@ -312,13 +314,6 @@ def _logprob(token: int, found: dict[int, Any], sequence: Sequence) -> TokenLogp
     ranked = sorted(found.items(), key=lambda item: item[1].rank)
     top = tuple((other, value.logprob) for other, value in ranked if value.rank <= n)
     return TokenLogprob(token, found[token].logprob, top)
-
-
-def _dtype(folder: Path) -> str:
-    """In which the LM was saved; left to itself, vLLM computes float32 in bfloat16."""
-    from transformers import AutoConfig
-
-    return str(AutoConfig.from_pretrained(folder).dtype).removeprefix("torch.")
 
 
 def _lora_rank(adapter: Path) -> int:

@@ -106,7 +106,7 @@ def vllm_engine(folder: Path) -> Any:
 
     lm, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {"context_length": CONTEXT, "config": VllmConfig(), "device": device}
+    settings = {"context_length": CONTEXT, "dtype": lm.dtype, "config": VllmConfig(), "device": device}
     return VllmEngine(
         folder, tokenizer, embed=lm.get_input_embeddings(), stop_ids=stop_token_ids(lm, tokenizer), **settings
     )

@@ -60,7 +60,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
         stop_ids = stop_token_ids(lm, tokenizer)
         engine: Any
         if kind == "vllm":
-            settings = {"config": VllmConfig(), "kv_cache_bytes": 100_000_000, "stop_ids": stop_ids}
+            settings = {
+                "config": VllmConfig(),
+                "kv_cache_bytes": 100_000_000,
+                "stop_ids": stop_ids,
+                "dtype": torch.float32,
+            }
             engine = VllmEngine(folder, tokenizer, embed=_embedding(lm), context_length=CONTEXT, **settings)
         else:
             copy = type(lm).from_pretrained(folder, dtype=torch.float32).eval()

@@ -16,6 +16,7 @@ from mmllm_core.language import (
     compute_dtype,
     interpolate_adapter,
     load_adapter,
+    load_embeddings,
     load_language_model,
     load_tokenizer,
     stop_token_ids,
@@ -34,6 +35,18 @@ def config(folder: Path, quantization: str = "none", dtype: str = "float32") -> 
 def folder(request: pytest.FixtureRequest, tiny_lm: TinyLM, tmp_path: Path) -> Path:
     tiny_lm(request.param).save_pretrained(tmp_path / "lm")
     return tmp_path / "lm"
+
+
+def test_embeddings_are_loaded_without_the_layers(folder: Path) -> None:
+    whole = load_language_model(config(folder), folder)
+    found = load_embeddings(config(folder), folder)
+    ids = torch.arange(300)
+    assert torch.equal(found.get_input_embeddings()(ids), whole.get_input_embeddings()(ids))
+    assert len(found.base_model.layers) == 0
+    assert sum(p.numel() for p in found.parameters()) < sum(p.numel() for p in whole.parameters())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="no causal LM"):
+        load_embeddings(config(folder), folder)
 
 
 def loss_of(lm: Any) -> torch.Tensor:

@@ -32,7 +32,7 @@ def start(tmp_path: Path, tokenizer: Any) -> Iterator[Start]:
         lm.save_pretrained(tmp_path / "lm")
         tokenizer.save_pretrained(tmp_path / "lm")
         given = {"embed": lm.get_input_embeddings(), "stop_ids": [], "context_length": 256, "config": VllmConfig()}
-        given |= {"kv_cache_bytes": 100_000_000}
+        given |= {"kv_cache_bytes": 100_000_000, "dtype": torch.float32}
         started.append(VllmEngine(tmp_path / "lm", tokenizer, **(given | settings)))
         return started[-1]
 
@@ -113,5 +113,6 @@ def test_what_needs_a_gpu_is_refused_without_one() -> None:
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_that_vllm_is_not_installed_is_said(tokenizer: Any, tmp_path: Path) -> None:
+    given = {"stop_ids": [], "context_length": 8, "dtype": torch.float32, "config": VllmConfig()}
     with pytest.raises(ConfigError, match=r"pip install 'mmllm\[vllm\]'"):
-        VllmEngine(tmp_path, tokenizer, embed=lambda ids: ids, stop_ids=[], context_length=8, config=VllmConfig())
+        VllmEngine(tmp_path, tokenizer, embed=lambda ids: ids, **given)
