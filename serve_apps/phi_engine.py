@@ -51,12 +51,12 @@ def start_engine(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engin
 
 def _vllm(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
     """vLLM reads the LM from a folder; here its embeddings and the connector are kept."""
-    require_vllm(config.vllm, config.device)
     if bundle.profile.connector.kind == "cross_attention":
         raise ConfigError(
             f"phi.engine: vllm, and the layers of bundle '{bundle.info.name}' look at images themselves "
             "(cross_attention), which vLLM's cannot: take transformers"
         )
+    require_vllm(config.vllm, config.device)
     language, tokenizer = bundle.profile.language, bundle.tokenizer
     with tempfile.TemporaryDirectory(prefix="mmllm-lm-") as scratch:
         folder = _lm_for_vllm(bundle, config, Path(scratch))

@@ -220,6 +220,8 @@ class VllmEngine:
                 found = self._embed(torch.tensor(request.token_ids))
             if found.dim() != 2 or found.shape[1] != width:
                 raise EngineError(f"embeddings of shape {tuple(found.shape)} for an LM {width} wide")
+            if not bool(found.isfinite().all()):  # vLLM would answer something
+                raise EngineError("the prompt's embeddings are not finite")
             return found.detach().to("cpu", self._llm.model_config.dtype).clone()
 
     async def _answer(self, sequence: Sequence, embeddings: Tensor) -> None:

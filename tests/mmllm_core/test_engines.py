@@ -352,6 +352,14 @@ def test_a_bad_request_fails_alone(subject: Subject) -> None:
     subject.engine.health()
 
 
+def test_what_is_not_finite_fails_its_request_alone(subject: Subject) -> None:
+    poisoned = EngineRequest("bad", torch.full((3, 128), float("nan")), SamplingParams(max_tokens=4))
+    bad, good = together(subject, poisoned, of_tokens("good", [21], max_tokens=30))
+    assert isinstance(bad, EngineError)
+    assert "not finite" in str(bad)
+    assert tokens(good) == reference(subject.plain, [21], 30)
+
+
 def test_a_deadline_ends_its_request_alone(subject: Subject) -> None:
     late = of_tokens("late", [20], time.monotonic() + 0.05, max_tokens=500)
     failed, other = together(subject, late, of_tokens("b", [21], max_tokens=8))
