@@ -69,7 +69,8 @@ class Assistant:
     ):
         self._clip = clip
         self._whisper = whisper
-        self._phi = phi.options(stream=True)
+        self._phi = phi
+        self._vocabulary: list[bytes] = []
         self._model = model
         self._config = config
         self._started = int(time.time())
@@ -101,7 +102,7 @@ class Assistant:
                 if call.model != self._model:
                     raise ModelNotFound(f"this model does not exist here: ask for '{self._model}'", "model")
                 seen = await self._perceive(call)
-                reply = Reply.begin(f"chatcmpl-{uuid.uuid4().hex}", call.model, seen.transcripts)
+                reply = await self._reply(call, seen)
                 chunks = self._speak(call, seen, reply.id, deadline)
                 if not call.stream:
                     return JSONResponse(await _whole(reply, chunks))
@@ -127,21 +128,30 @@ class Assistant:
         features = results[0] if seeing else None
         return Perception(features, [transcript.text for transcript in results[len(seeing) :]])
 
+    async def _reply(self, call: ChatCall, seen: Perception) -> Reply:
+        if call.sampling.logprobs is not None and not self._vocabulary:
+            self._vocabulary = await self._phi.vocabulary.remote()
+        told = self._vocabulary if call.sampling.logprobs is not None else []
+        id, now = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+        return Reply(id, call.model, seen.transcripts, now, call.sampling.n, told)
+
     async def _speak(
         self, call: ChatCall, seen: Perception, id: str, deadline: float
     ) -> AsyncGenerator[EngineChunk, None]:
-        """The LM's chunks; closing the generator cancels the LM's request."""
+        """The LM's chunks, until each answer has ended; closing the generator cancels the LM's request."""
         messages = with_transcripts(call, seen.transcripts)
-        response = self._phi.generate.remote(Prompt(id, messages, seen.features, call.sampling))
+        seconds = deadline - asyncio.get_running_loop().time()
+        prompt = Prompt(id, messages, seen.features, call.sampling, seconds)
+        response = self._phi.options(stream=True).generate.remote(prompt)
+        unfinished = call.sampling.n
         try:
-            while True:
+            while unfinished:
                 async with asyncio.timeout_at(deadline):
                     chunk: EngineChunk = await anext(response)
                 if chunk.finish_reason == "abort":
                     raise EngineError("the engine ended the request before the answer was done")
                 yield chunk
-                if chunk.finish_reason is not None:
-                    return
+                unfinished -= chunk.finish_reason is not None
         except StopAsyncIteration:
             raise EngineError("the answer ended without a reason") from None
         finally:
@@ -149,11 +159,11 @@ class Assistant:
 
 
 async def _whole(reply: Reply, chunks: AsyncGenerator[EngineChunk, None]) -> Json:
-    texts = []
+    answers: list[list[EngineChunk]] = [[] for _ in range(reply.n)]
     async with aclosing(chunks):
         async for chunk in chunks:
-            texts.append(chunk.text)
-    return reply.whole("".join(texts), chunk)
+            answers[chunk.index].append(chunk)
+    return reply.whole(answers)
 
 
 async def _events(
@@ -165,22 +175,29 @@ async def _events(
     request_id: str,
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a streamed answer; an error that comes now is an event too."""
+    last: dict[int, EngineChunk] = {}
     async with aclosing(chunks):
-        yield event(reply.first())
-        chunk = first
+        for opening in reply.first():
+            yield event(opening)
         try:
-            if first.text:
-                yield event(reply.piece(first.text))
-            async for chunk in chunks:
-                if chunk.text:
-                    yield event(reply.piece(chunk.text))
+            async for chunk in _preceded(first, chunks):
+                if chunk.text or chunk.logprobs:
+                    yield event(reply.piece(chunk))
+                if chunk.finish_reason is not None:
+                    last[chunk.index] = chunk
+                    yield event(reply.finish(chunk))
         except Exception as error:
             yield event(to_failure(error, request_id).body)
         else:
-            yield event(reply.finish(chunk))
             if include_usage:
-                yield event(reply.closing_usage(chunk))
+                yield event(reply.closing_usage(list(last.values())))
         yield DONE
+
+
+async def _preceded(first: EngineChunk, chunks: AsyncIterator[EngineChunk]) -> AsyncIterator[EngineChunk]:
+    yield first
+    async for chunk in chunks:
+        yield chunk
 
 
 def build_http_app(assistant: Assistant) -> FastAPI:

@@ -198,6 +198,10 @@ class Limits(StrictModel):
     max_audio_clips: int = Field(default=4, ge=0)
     max_text_chars: int = Field(default=200_000, gt=0)
     """Typed text of a whole conversation; the model's context is checked later, token by token."""
+    max_answers: int = Field(default=8, gt=0)
+    """That one request may ask for (`n`)."""
+    max_schema_chars: int = Field(default=50_000, gt=0)
+    """Of a JSON schema that answers shall keep to."""
     default_max_tokens: int = Field(default=256, gt=0)
     default_temperature: float = Field(default=0.0, ge=0, le=2)
 

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails, from_json
 
 from mmllm_core.conversation import ImagePart, Message, Part, SpeechPart, TextPart
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import AudioError, BadInput, ConversationError, ImageError
 from serve_apps.config import Limits
+from serve_apps.openai_sampling import Body, SamplingFields
 from serve_apps.upload import Upload
 
 IGNORED = (
@@ -28,38 +29,27 @@ IGNORED = (
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
-    "frequency_penalty": (None, 0),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
     "logit_bias": (None, {}),
-    "logprobs": (None, False),
     "modalities": (None, ["text"]),
-    "presence_penalty": (None, 0),
     "reasoning_effort": (None, "none"),
-    "response_format": (None, {"type": "text"}),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "top_logprobs": (None, 0),
     "verbosity": (None, "medium"),
     "web_search_options": (None,),
 }
 """Fields that would change the answer, with the values that ask for nothing and are let pass."""
 
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
-
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TextContent(_Body):
+class TextContent(Body):
     """Typed text."""
 
     type: Literal["text"]
     text: str
 
 
-class ImageUrl(_Body):
+class ImageUrl(Body):
     """An image inside the request: `data:image/png;base64,...`."""
 
     url: str
@@ -67,28 +57,28 @@ class ImageUrl(_Body):
     """Accepted and ignored: every image is seen at the encoder's own size."""
 
 
-class ImageContent(_Body):
+class ImageContent(Body):
     """An image."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class InputAudio(_Body):
+class InputAudio(Body):
     """A sound file in base64."""
 
     data: str
     format: Literal["wav", "mp3", "flac", "ogg", "opus", "webm", "m4a", "aac"]
 
 
-class AudioContent(_Body):
+class AudioContent(Body):
     """Speech."""
 
     type: Literal["input_audio"]
     input_audio: InputAudio
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One turn; a reply's own message can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -111,25 +101,18 @@ class ChatMessage(_Body):
         return value
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What a stream carries besides text."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class ChatRequest(_Body):
+class ChatRequest(SamplingFields):
     """The fields of a request that are understood."""
 
     model: str
     messages: list[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, gt=0)
-    max_completion_tokens: int | None = Field(default=None, gt=0)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, ge=0, le=1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    seed: int | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -232,23 +215,9 @@ def _to_call(request: ChatRequest, limits: Limits) -> ChatCall:
         messages=tuple(messages),
         images=tuple(images),
         clips=tuple(clips),
-        sampling=_sampling(request, limits),
+        sampling=request.sampling(limits),
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
-    )
-
-
-def _sampling(request: ChatRequest, limits: Limits) -> SamplingParams:
-    temperature = limits.default_temperature if request.temperature is None else request.temperature
-    top_p = 1.0 if request.top_p is None else request.top_p
-    stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    return SamplingParams(
-        max_tokens=request.max_completion_tokens or request.max_tokens or limits.default_max_tokens,
-        # The smallest nucleus holds the likeliest token alone, and so does a temperature too low to divide by.
-        temperature=0.0 if top_p == 0 or temperature < 1e-4 else temperature,
-        top_p=top_p or 1.0,
-        seed=request.seed,
-        stop=tuple(stop),
     )
 
 
@@ -275,7 +244,7 @@ _REASONS = {
     "missing": "this field is required",
     "extra_forbidden": "this field is unknown",
     "none_required": "this field is not supported: leave it out",
-    "union_tag_invalid": "unknown kind of part: send 'text', 'image_url' or 'input_audio'",
+    "union_tag_invalid": "unknown kind: send one of {expected_tags}",
     "union_tag_not_found": "this field is required",
     "model_type": "expected an object",
     "model_attributes_type": "expected an object",
@@ -288,8 +257,11 @@ _REASONS = {
 def _to_bad_input(problem: ErrorDetails) -> BadInput:
     location = list(problem["loc"])
     reason = _REASONS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    reason = reason.format(**problem.get("ctx", {})) if problem["type"] == "union_tag_invalid" else reason
     if location[0] == "messages" and len(location) > 4:
         del location[4]  # pydantic names the kind of part here, which is no field of the request
+    elif location[0] == "response_format" and len(location) > 1:
+        del location[1]
     elif location[0] == "stop":
         location, reason = ["stop"], "expected a string, or a list of at most 4, none of them empty"
     if problem["type"].startswith("union_tag"):

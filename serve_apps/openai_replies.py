@@ -7,7 +7,6 @@ arrives wrapped by Ray; it is unwrapped here, and nothing of a library's insides
 
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,15 @@ from typing import Any
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from mmllm_core.engine.protocol import EngineChunk
-from mmllm_core.errors import BadInput
+from mmllm_core.engine.protocol import EngineChunk, TokenLogprob
+from mmllm_core.errors import BadInput, DeadlineError
 
 _log = logging.getLogger("ray.serve")
 
 Json = dict[str, Any]
 DONE = b"data: [DONE]\n\n"
+_NEVER = -9999.0
+"""What OpenAI's API says of a token that is out of the question; JSON knows no infinity."""
 
 
 class ModelNotFound(BadInput):
@@ -38,64 +39,91 @@ class BodyTooLarge(BadInput):
 
 @dataclass(frozen=True)
 class Reply:
-    """The writer of one answer's bodies.
+    """The writer of one request's bodies.
 
     Args:
         id: of the completion.
         model: as it was asked for.
         transcripts: what was heard, clip by clip.
+        n: answers.
+        vocabulary: bytes of each token, where log-probabilities are told.
     """
 
     id: str
     model: str
     transcripts: Sequence[str]
     created: int
+    n: int = 1
+    vocabulary: Sequence[bytes] = ()
 
-    @classmethod
-    def begin(cls, id: str, model: str, transcripts: Sequence[str]) -> "Reply":
-        """A reply that is made now."""
-        return cls(id, model, transcripts, int(time.time()))
+    def whole(self, answers: Sequence[Sequence[EngineChunk]]) -> Json:
+        """The body of what is not streamed, from all chunks of each answer."""
+        choices = []
+        for chunks in answers:
+            text = "".join(chunk.text for chunk in chunks)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            logprobs = self._logprobs(
+                [logprob for chunk in chunks for logprob in chunk.logprobs], bool(self.vocabulary)
+            )
+            choices.append(
+                {
+                    "index": chunks[-1].index,
+                    "message": message,
+                    "logprobs": logprobs,
+                    "finish_reason": chunks[-1].finish_reason,
+                }
+            )
+        last = [chunks[-1] for chunks in answers]
+        return self._body("chat.completion", choices) | {"usage": usage(last), "transcripts": list(self.transcripts)}
 
-    def whole(self, text: str, last: EngineChunk) -> Json:
-        """The body of an answer that is not streamed; `last` is the answer's last chunk."""
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": last.finish_reason,
-        }
-        return self._body("chat.completion", [choice]) | {"usage": usage(last), "transcripts": list(self.transcripts)}
+    def first(self) -> list[Json]:
+        """A stream's first chunks, one of each answer: the role and what was heard."""
+        chunks = [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.n)]
+        return [chunk | {"transcripts": list(self.transcripts)} for chunk in chunks]
 
-    def first(self) -> Json:
-        """The stream's first chunk: the role and what was heard."""
-        return self._chunk({"role": "assistant", "content": ""}, None) | {"transcripts": list(self.transcripts)}
-
-    def piece(self, text: str) -> Json:
+    def piece(self, chunk: EngineChunk) -> Json:
         """A chunk of text."""
-        return self._chunk({"content": text}, None)
+        return self._chunk(chunk.index, {"content": chunk.text}, self._logprobs(chunk.logprobs, bool(chunk.logprobs)))
 
     def finish(self, last: EngineChunk) -> Json:
-        """The chunk that says why the answer ended."""
-        return self._chunk({}, last.finish_reason)
+        """The chunk that says why an answer ended."""
+        return self._chunk(last.index, {}, finish_reason=last.finish_reason)
 
-    def closing_usage(self, last: EngineChunk) -> Json:
+    def closing_usage(self, last: Sequence[EngineChunk]) -> Json:
         """The chunk that counts tokens, sent where `stream_options.include_usage` asks for it."""
         return self._body("chat.completion.chunk", []) | {"usage": usage(last)}
 
-    def _chunk(self, delta: Json, finish_reason: str | None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(self, index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return self._body("chat.completion.chunk", [choice])
 
     def _body(self, kind: str, choices: list[Json]) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
+    def _logprobs(self, logprobs: Sequence[TokenLogprob], are_told: bool) -> Json | None:
+        if not are_told:
+            return None
+        told = [
+            self._token(logprob.token_id, logprob.logprob)
+            | {"top_logprobs": [self._token(token, value) for token, value in logprob.top]}
+            for logprob in logprobs
+        ]
+        return {"content": told, "refusal": None}
 
-def usage(last: EngineChunk) -> Json:
-    """Token counts of an answer; images count as the positions they take."""
+    def _token(self, token: int, logprob: float) -> Json:
+        known = self.vocabulary[token] if token < len(self.vocabulary) else b""  # some LMs have spare rows
+        text = known.decode(errors="replace")
+        return {"token": text, "logprob": max(logprob, _NEVER), "bytes": list(known)}
+
+
+def usage(last: Sequence[EngineChunk]) -> Json:
+    """Token counts of all answers, from the last chunk of each; images count as the positions they take."""
+    prompt, completion = last[0].prompt_tokens, sum(chunk.completion_tokens for chunk in last)
     return {
-        "prompt_tokens": last.prompt_tokens,
-        "completion_tokens": last.completion_tokens,
-        "total_tokens": last.prompt_tokens + last.completion_tokens,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": min(chunk.cached_tokens for chunk in last)},
     }
 
 
@@ -141,7 +169,7 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
         return Failure(status, error.message, error.code, error.param)
     if isinstance(error, BackPressureError):
         return Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | DeadlineError):
         return Failure(504, "the answer took longer than a request may take: ask for less", "timeout")
     if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
         _log.warning("request %s: %s", request_id, error)

@@ -6,6 +6,7 @@ HTTP, image files or sound.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.conversation import IMAGE_TOKEN_ID, render
+from mmllm_core.engine.grammar import token_bytes
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from serve_apps.config import PhiConfig
 from serve_apps.phi_engine import start_engine
@@ -50,12 +52,19 @@ class PhiDeployment:
 
         Raises:
             ConversationError: the conversation cannot be rendered or does not fit the context.
+            SchemaError: no answer can be bound to its JSON schema.
+            DeadlineError: its time is up.
             EngineError: the engine failed.
         """
-        request = await asyncio.to_thread(self._request, prompt)
+        deadline = None if prompt.seconds is None else time.monotonic() + prompt.seconds
+        request = replace(await asyncio.to_thread(self._request, prompt), deadline=deadline)
         async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    def vocabulary(self) -> list[bytes]:
+        """What each token stands for, by its id; a token may be a part of a character."""
+        return token_bytes(self._tokenizer)
 
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
@@ -127,10 +136,11 @@ async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> Asy
                 held.append(chunk)
                 coming = asyncio.ensure_future(_next(chunks))
             if held and loop.time() >= due:
-                yield _merged(held)
+                for merged in _merged(held):
+                    yield merged
                 held, due = [], loop.time() + interval_s
-        if held:
-            yield _merged(held)
+        for merged in _merged(held):
+            yield merged
         coming.result()  # raises what ended the stream, after what had come before it
     finally:
         coming.cancel()
@@ -142,11 +152,17 @@ async def _next(chunks: AsyncIterator[EngineChunk]) -> EngineChunk | None:
     return await anext(chunks, None)
 
 
-def _merged(chunks: Sequence[EngineChunk]) -> EngineChunk:
-    last = chunks[-1]
-    return replace(
-        last,
-        text="".join(chunk.text for chunk in chunks),
-        token_ids=tuple(token for chunk in chunks for token in chunk.token_ids),
-        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-    )
+def _merged(chunks: Sequence[EngineChunk]) -> list[EngineChunk]:
+    """One chunk of each answer."""
+    by_answer: dict[int, list[EngineChunk]] = {}
+    for chunk in chunks:
+        by_answer.setdefault(chunk.index, []).append(chunk)
+    return [
+        replace(
+            parts[-1],
+            text="".join(part.text for part in parts),
+            token_ids=tuple(token for part in parts for token in part.token_ids),
+            logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
+        )
+        for parts in by_answer.values()
+    ]

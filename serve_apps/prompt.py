@@ -17,3 +17,5 @@ class Prompt:
     messages: tuple[Message, ...]
     features: NDArray[np.float16] | None  # (n_images, n_patches, d_vision), in order of appearance
     sampling: SamplingParams
+    seconds: float | None = None
+    """Until its time is up; clocks differ between machines."""

@@ -45,7 +45,9 @@ class Grammars:
             return self._compiler.compile_json_schema(schema, any_whitespace=False)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0].partition(": ")[2]
-            raise SchemaError(f"not a JSON schema that answers can keep to: {reason}", "response_format") from None
+            raise SchemaError(
+                f"'response_format': not a JSON schema that answers can keep to: {reason}", "response_format"
+            ) from None
 
     def _start(self) -> Any:
         import xgrammar
@@ -54,6 +56,13 @@ class Grammars:
             self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=self._stop_ids or None
         )
         return xgrammar.GrammarCompiler(known, max_threads=1, cache_limit_bytes=CACHE_BYTES)
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> list[bytes]:
+    """The bytes that each token stands for, by its id, whichever way the tokenizer writes bytes."""
+    import xgrammar
+
+    return list(xgrammar.TokenizerInfo.from_huggingface(tokenizer).decoded_vocab)
 
 
 class Grammar:

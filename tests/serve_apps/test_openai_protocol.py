@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mmllm_core.conversation import ImagePart, SpeechPart, TextPart
-from mmllm_core.errors import AudioError, BadInput
+from mmllm_core.errors import AudioError, BadInput, SchemaError
 from serve_apps.config import Limits
 from serve_apps.openai_protocol import ChatCall, parse_request, with_transcripts
 
@@ -62,15 +62,33 @@ def test_a_nucleus_or_temperature_without_choice_is_greedy(fields: dict[str, Any
 
 
 def test_fields_that_ask_for_nothing_are_let_pass_and_the_same_fields_are_refused_when_they_ask() -> None:
-    parse(tools=[], logprobs=False, user="me", response_format={"type": "text"}, n=1, frequency_penalty=0.0)
-    for field, value in {
-        "logprobs": True,
-        "frequency_penalty": 0.5,
-        "response_format": {"type": "json_object"},
-    }.items():
+    parse(tools=[], logit_bias={}, user="me", audio=None)
+    for field, value in {"tools": [{"type": "function"}], "logit_bias": {"5": 1}, "audio": {"voice": "a"}}.items():
         with pytest.raises(BadInput, match="not supported") as caught:
             parse(**{field: value})
         assert caught.value.param == field
+
+
+def test_all_that_says_how_tokens_are_chosen_reaches_the_engine() -> None:
+    fields = {"top_k": 5, "min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1}
+    sampling = parse(**fields, min_tokens=2, n=3, logprobs=True, top_logprobs=4, seed=-1, temperature=1).sampling
+    assert {name: getattr(sampling, name) for name in fields} == fields
+    assert (sampling.min_tokens, sampling.n, sampling.logprobs, sampling.seed) == (2, 3, 4, 2**63 - 1)
+    plain = parse(logprobs=False, n=None, top_k=-1).sampling
+    assert (plain.logprobs, plain.n, plain.top_k, plain.json_schema) == (None, 1, 0, None)
+    assert parse(logprobs=True).sampling.logprobs == 0
+
+
+def test_formats_become_schemas() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    asked = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema, "strict": True}}
+    found = parse(response_format=asked).sampling.json_schema
+    assert found is not None
+    assert json.loads(found) == schema
+    assert parse(response_format={"type": "json_object"}).sampling.json_schema == '{"type": "object"}'
+    assert parse(response_format={"type": "text"}).sampling.json_schema is None
+    with pytest.raises(SchemaError, match="at most 10 are allowed"):
+        parse(response_format=asked, limits=Limits(max_schema_chars=10))
 
 
 def test_too_many_files_and_too_much_text_are_refused_before_any_model_works() -> None:

@@ -4,13 +4,14 @@ import base64
 import concurrent.futures
 import json
 import re
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
 import openai
 import pytest
 from gradio_client import Client, handle_file
+from pydantic import BaseModel
 
 from tests.serve_apps.conftest import Service, audio_part, data_uri, image_part, image_uri, text_part, wav
 
@@ -94,6 +95,87 @@ def test_a_stream_counts_nothing_that_was_not_asked_for(service: Service) -> Non
     chunks = list(service.client().chat.completions.create(**service.body("Hello"), stream=True))
     assert chunks[-1].choices[0].finish_reason == "length"
     assert all(chunk.usage is None for chunk in chunks)
+
+
+def test_several_answers_are_told_apart_and_counted_together(service: Service) -> None:
+    body = service.body("Hello", n=3, temperature=1.0, seed=4, max_tokens=12)
+    whole = service.client().chat.completions.create(**body)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    assert len(set(texts)) == 3
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 36
+    *said, closing = list(
+        service.client().chat.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    )
+    streamed = dict.fromkeys(range(3), "")
+    for chunk in said:
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert list(streamed.values()) == texts
+    assert [chunk.choices[0].index for chunk in said if chunk.choices[0].finish_reason] == [0, 1, 2]
+    assert closing.usage.completion_tokens == 36
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_told_token_by_token_in_bytes(service: Service, stream: bool) -> None:
+    body = service.body("Hello", max_tokens=10, logprobs=True, top_logprobs=2, temperature=0)
+    if stream:
+        chunks = list(service.client().chat.completions.create(**body, stream=True))
+        told = [t for chunk in chunks if chunk.choices[0].logprobs for t in chunk.choices[0].logprobs.content]
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        [choice] = service.client().chat.completions.create(**body).choices
+        told, text = choice.logprobs.content, choice.message.content
+    assert len(told) == 10
+    assert bytes(byte for token in told for byte in token.bytes).decode(errors="replace") == text
+    for token in told:
+        assert token.logprob <= 0
+        assert len(token.top_logprobs) == 2
+        assert token.top_logprobs[0].logprob == token.logprob  # it was the likeliest
+        assert token.top_logprobs[0].bytes == token.bytes
+    plain = service.client().chat.completions.create(**service.body("Hello", max_tokens=2))
+    assert plain.choices[0].logprobs is None
+
+
+class Shape(BaseModel):
+    """What a picture shows."""
+
+    kind: Literal["circle", "square"]
+    is_red: bool
+
+
+def test_an_answer_is_of_the_class_that_was_asked_for(service: Service) -> None:
+    body = service.body([image_part(image_uri("red")), text_part("What is it?")], max_tokens=100)
+    parsed = service.client().chat.completions.parse(**body, response_format=Shape).choices[0].message.parsed
+    assert isinstance(parsed, Shape)
+    reply = service.client().chat.completions.create(
+        **service.body("Hello", max_tokens=150, temperature=1.0, seed=2), response_format={"type": "json_object"}
+    )
+    said = reply.choices[0]
+    assert said.message.content.startswith("{")
+    if said.finish_reason == "stop":
+        json.loads(said.message.content)
+
+
+def test_what_clients_send_besides_openais_fields_is_heard(service: Service) -> None:
+    body = service.body("Hello", max_tokens=20, temperature=1.5, seed=1)
+    create = service.client().chat.completions.create
+    greedy = answer(service, "Hello", max_tokens=20)
+    assert create(**body, extra_body={"top_k": 1}).choices[0].message.content == greedy
+    assert create(**body, extra_body={"min_p": 1.0}).choices[0].message.content == greedy
+    assert create(**body).choices[0].message.content != greedy
+    repeats = create(**service.body("Hello", max_tokens=20, temperature=0), extra_body={"repetition_penalty": 0.05})
+    assert repeats.choices[0].message.content != greedy
+
+
+def test_a_conversation_that_goes_on_is_not_computed_anew(service: Service) -> None:
+    system = {"role": "system", "content": "You are an assistant that answers at length. " * 5}
+    first = {"role": "user", "content": "Hello, who are you?"}
+    create = service.client().chat.completions.create
+    said = create(model="tiny", messages=[system, first], max_tokens=20, temperature=0)
+    reply = {"role": "assistant", "content": said.choices[0].message.content}
+    more = create(model="tiny", messages=[system, first, reply, {"role": "user", "content": "Go on."}], max_tokens=5)
+    assert more.usage.prompt_tokens_details.cached_tokens >= 0.5 * said.usage.prompt_tokens
 
 
 def test_a_stop_string_ends_the_answer_before_it(service: Service) -> None:
@@ -197,7 +279,29 @@ BAD_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "a temperature out of range": ({"temperature": 5}, "temperature"),
     "no tokens": ({"max_tokens": 0}, "max_tokens"),
     "half a token": ({"max_tokens": 1.5}, "max_tokens"),
-    "two answers": ({"n": 2}, "n"),
+    "no answers": ({"n": 0}, "n"),
+    "too many answers": ({"n": 1000}, "n"),
+    "a penalty out of range": ({"frequency_penalty": 3}, "frequency_penalty"),
+    "a penalty that is a word": ({"presence_penalty": "much"}, "presence_penalty"),
+    "a repetition penalty of nothing": ({"repetition_penalty": 0}, "repetition_penalty"),
+    "a share above all": ({"min_p": 1.5}, "min_p"),
+    "more tokens at least than at most": ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+    "too many log-probabilities": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "the likeliest of what is not told": ({"top_logprobs": 3}, "top_logprobs"),
+    "a seed without end": ({"seed": 2**70}, "seed"),
+    "an unknown format": ({"response_format": {"type": "yaml"}}, "response_format.type"),
+    "a schema without a name": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        "response_format.json_schema.name",
+    ),
+    "a schema that is none": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "shape"}}}},
+        "response_format",
+    ),
+    "a schema without end": (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"title": "x" * 60_000}}}},
+        "response_format.json_schema.schema",
+    ),
     "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     "too many stop strings": ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
     "a stream that is a word": ({"stream": "yes"}, "stream"),
