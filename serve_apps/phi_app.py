@@ -25,6 +25,7 @@ from mmllm_core.merging import merge_adapter
 from mmllm_core.model import MultimodalLM
 from serve_apps.config import PhiConfig
 from serve_apps.prompt import Prompt
+from serve_apps.work_in_flight import WorkInFlight
 
 
 class PhiDeployment:
@@ -38,6 +39,7 @@ class PhiDeployment:
     def __init__(self, bundle: Path, config: PhiConfig):
         opened = Bundle.open(bundle)
         self._device = config.device
+        self._work = WorkInFlight("text", "tokens")
         self._stream_interval_s = config.stream_interval_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
@@ -54,10 +56,17 @@ class PhiDeployment:
             ConversationError: the conversation cannot be rendered or does not fit the context.
             EngineError: the engine failed.
         """
-        request = await asyncio.to_thread(self._request, prompt)
-        async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._work.request() as work:
+            request = await asyncio.to_thread(self._request, prompt)
+            work.amount = request.prompt_tokens
+            async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
+                async for chunk in chunks:
+                    work.amount += len(chunk.token_ids)
+                    yield chunk
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for the tokens of prompts and answers, waiting ones too, and the use of their memory."""
+        return self._work.stats() | {"kv_use": self._engine.load().kv_use}
 
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
