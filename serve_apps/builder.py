@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import StrictModel, load_config
 from mmllm_core.errors import ConfigError
 from serve_apps.assistant_app import Assistant
+from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, ServeConfig
 from serve_apps.phi_app import PhiDeployment
@@ -44,10 +46,15 @@ def build(config: ServeConfig, bundle: Path) -> "Application":
     """
     opened = Bundle.open(bundle)
     folder = opened.folder.absolute()
-    clip = _deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip)
-    whisper = _deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper)
-    phi = _deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi)
-    ingress = _deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
+    drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
+
+    def deployment(cls: type, name: str, part: DeploymentConfig) -> "Deployment":
+        return serve.deployment(cls, name=name, **serving_options(part, drain_s))
+
+    clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip)
+    whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper)
+    phi = deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi)
+    ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
     return ingress.bind(clip, whisper, phi, opened.info.name, config)
 
 
@@ -78,15 +85,45 @@ def load_serve_config(name_or_path: str, overrides: dict[str, Any] | None = None
     return load_config(ServeConfig, _FOLDER / f"{name_or_path}.yaml", overrides)
 
 
-def _deployment(cls: type, name: str, config: DeploymentConfig) -> "Deployment":
-    scaling: dict[str, Any] = {"num_replicas": config.num_replicas or 1}
-    if config.autoscaling:
-        scaling = {"autoscaling_config": config.autoscaling.model_dump()}
-    return serve.deployment(
-        cls,
-        name=name,
-        max_ongoing_requests=config.max_ongoing_requests,
-        max_queued_requests=config.max_queued_requests,
-        ray_actor_options=config.ray_actor_options.model_dump(),
-        **scaling,
-    )
+def serving_options(config: DeploymentConfig, drain_s: float) -> dict[str, Any]:
+    """A deployment's config as arguments of `serve.deployment`.
+
+    Args:
+        drain_s: how long a replica that is let go may go on with what it holds.
+    """
+    return {
+        "max_ongoing_requests": config.max_ongoing_requests,
+        "max_queued_requests": config.max_queued_requests,
+        "graceful_shutdown_timeout_s": drain_s,
+        "ray_actor_options": config.ray_actor_options.model_dump(),
+    } | _scaling(config)
+
+
+def _scaling(config: DeploymentConfig) -> dict[str, Any]:
+    scaling = config.autoscaling
+    if scaling is None:
+        return {"num_replicas": config.num_replicas or 1}
+    wanted: dict[str, Any] = {
+        "min_replicas": scaling.min_replicas,
+        "max_replicas": scaling.max_replicas,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
+        "look_back_period_s": scaling.look_back_s,
+        "metrics_interval_s": scaling.metrics_interval_s,
+        "target_ongoing_requests": config.max_ongoing_requests,
+    }
+    if isinstance(scaling, RequestAutoscaling):
+        wanted["target_ongoing_requests"] = scaling.target_requests
+    elif isinstance(scaling, WorkAutoscaling):
+        targets = {
+            "work": scaling.target,
+            "per_request": scaling.per_request,
+            "requests": config.max_ongoing_requests,
+            "kv_use": scaling.max_kv_use if isinstance(scaling, TextAutoscaling) else None,
+            "tolerance": scaling.tolerance,
+        }
+        wanted["policy"] = AutoscalingPolicy(
+            policy_function="serve_apps.autoscaling:WorkPolicy",
+            policy_kwargs={"modality": config.modality, "unit": scaling.unit, "targets": targets},
+        )
+    return {"autoscaling_config": AutoscalingConfig(**wanted)}

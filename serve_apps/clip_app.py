@@ -25,6 +25,7 @@ from mmllm_core.errors import FeatureStoreError
 from mmllm_core.vision import decode_image
 from serve_apps.config import ClipConfig
 from serve_apps.upload import Upload
+from serve_apps.work_in_flight import WorkInFlight
 
 Features = NDArray[np.float16]
 _log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class ClipDeployment:
         self._stored = StoreReader(location, self._encoder.fingerprint, config.store_refresh_s) if location else None
         # Two at a time bounds the memory of decoded pixels, whatever a request holds.
         self._decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-image")
+        self._work = WorkInFlight("vision", "images")
         self._encode_batch.set_max_batch_size(config.max_batch_size)
         self._encode_batch.set_batch_wait_timeout_s(config.batch_wait_s)
 
@@ -62,7 +64,12 @@ class ClipDeployment:
         Raises:
             ImageError: an image cannot be used; it names the field.
         """
-        return np.stack(await asyncio.gather(*(self._features(image) for image in images)))
+        with self._work.request(len(images)):
+            return np.stack(await asyncio.gather(*(self._features(image) for image in images)))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for the images that wait or are encoded."""
+        return self._work.stats()
 
     async def _features(self, upload: Upload) -> Features:
         loop = asyncio.get_running_loop()

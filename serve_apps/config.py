@@ -11,23 +11,14 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mmllm_core.config import StrictModel, VllmConfig
 from mmllm_core.data.feature_location import absolute_location
-
-
-class Autoscaling(StrictModel):
-    """Replicas follow the requests that wait or run."""
-
-    min_replicas: int = Field(default=1, ge=0)
-    max_replicas: int = Field(gt=0)
-    target_ongoing_requests: float = Field(default=2.0, gt=0)
-    """Requests that a replica should have at a time; more replicas start above it."""
-    upscale_delay_s: float = Field(default=30.0, ge=0)
-    downscale_delay_s: float = Field(default=600.0, ge=0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Autoscaling":
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
-        return self
+from serve_apps.autoscaling_config import (
+    AudioAutoscaling,
+    Autoscaling,
+    RequestAutoscaling,
+    TextAutoscaling,
+    VisionAutoscaling,
+    WorkAutoscaling,
+)
 
 
 class ActorOptions(StrictModel):
@@ -63,10 +54,18 @@ class DeploymentConfig(StrictModel):
             return self
         if self.num_replicas is not None:
             raise ValueError("give num_replicas or autoscaling, not both")
-        target = self.autoscaling.target_ongoing_requests
-        if target > self.max_ongoing_requests:
+        scaling = self.autoscaling
+        if isinstance(scaling, WorkAutoscaling):
+            held = self.max_ongoing_requests * scaling.per_request
+            if scaling.target > held:
+                raise ValueError(
+                    f"autoscaling.target_{scaling.unit} {scaling.target:g} is above the {held:g} {scaling.unit} that a "
+                    f"replica can hold (max_ongoing_requests {self.max_ongoing_requests} times "
+                    f"{scaling.unit}_per_request {scaling.per_request:g}): no replica would be added for its work"
+                )
+        elif isinstance(scaling, RequestAutoscaling) and scaling.target_requests > self.max_ongoing_requests:
             raise ValueError(
-                f"autoscaling.target_ongoing_requests {target:g} is above max_ongoing_requests "
+                f"autoscaling.target_requests {scaling.target_requests:g} is above max_ongoing_requests "
                 f"{self.max_ongoing_requests}: no replica would ever be added"
             )
         return self
@@ -110,6 +109,7 @@ class ClipConfig(ModelDeploymentConfig):
 
     modality = "vision"
 
+    autoscaling: VisionAutoscaling | None = None
     max_batch_size: int = Field(default=8, gt=0)
     batch_wait_s: float = Field(default=0.01, ge=0)
     """How long an image waits for company."""
@@ -135,12 +135,15 @@ class WhisperConfig(ModelDeploymentConfig):
 
     modality = "audio"
 
+    autoscaling: AudioAutoscaling | None = None
+
 
 class PhiConfig(ModelDeploymentConfig):
     """Conversations and features -> text."""
 
     modality = "text"
 
+    autoscaling: TextAutoscaling | None = None
     engine: Literal["transformers", "vllm"] = "transformers"
     """What decodes. vLLM is for GPUs: pip install 'mmllm[vllm]'."""
     vllm: VllmConfig = VllmConfig()
@@ -166,6 +169,7 @@ class PhiConfig(ModelDeploymentConfig):
 class IngressConfig(DeploymentConfig):
     """The HTTP side; needs no modality and is never scaled to zero."""
 
+    autoscaling: RequestAutoscaling | None = None
     max_ongoing_requests: int = Field(default=256, gt=0)
     max_queued_requests: int = Field(default=-1, ge=-1)
 

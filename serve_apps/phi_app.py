@@ -25,6 +25,7 @@ from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from serve_apps.config import PhiConfig
 from serve_apps.phi_engine import start_engine
 from serve_apps.prompt import Prompt
+from serve_apps.work_in_flight import WorkInFlight
 
 
 class PhiDeployment:
@@ -38,6 +39,7 @@ class PhiDeployment:
     def __init__(self, bundle: Path, config: PhiConfig):
         opened = Bundle.open(bundle)
         self._device = config.device
+        self._work = WorkInFlight("text", "tokens")
         self._stream_interval_s = config.stream_interval_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
@@ -57,10 +59,17 @@ class PhiDeployment:
             EngineError: the engine failed.
         """
         deadline = None if prompt.seconds is None else time.monotonic() + prompt.seconds
-        request = replace(await asyncio.to_thread(self._request, prompt), deadline=deadline)
-        async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self._work.request() as work:
+            request = replace(await asyncio.to_thread(self._request, prompt), deadline=deadline)
+            work.amount = request.prompt_tokens
+            async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
+                async for chunk in chunks:
+                    work.amount += len(chunk.token_ids)
+                    yield chunk
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for the tokens of prompts and answers, waiting ones too, and the use of their memory."""
+        return self._work.stats() | {"kv_use": self._engine.load().kv_use}
 
     def vocabulary(self) -> list[bytes]:
         """What each token stands for, by its id; a token may be a part of a character."""

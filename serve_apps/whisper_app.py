@@ -9,10 +9,11 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from mmllm_core.audio import Transcriber, Transcript, decode_audio
+from mmllm_core.audio import SAMPLE_RATE, Transcriber, Transcript, decode_audio
 from mmllm_core.bundle import Bundle
 from serve_apps.config import WhisperConfig
 from serve_apps.upload import Upload
+from serve_apps.work_in_flight import WorkInFlight
 
 
 class WhisperDeployment:
@@ -27,6 +28,7 @@ class WhisperDeployment:
         audio = opened.profile.audio
         self._max_seconds = audio.max_seconds
         self._transcriber = Transcriber(audio, opened.weights(audio.source), config.device, config.n_threads)
+        self._work = WorkInFlight("audio", "seconds")
         self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-audio")
         self._hearing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transcribe")
 
@@ -37,7 +39,13 @@ class WhisperDeployment:
             AudioError: the clip cannot be used; it names the field.
         """
         loop = asyncio.get_running_loop()
-        waveform = await loop.run_in_executor(
-            self._decoding, decode_audio, clip.data, self._max_seconds, clip.param
-        )  # (n_samples,)
-        return await loop.run_in_executor(self._hearing, self._transcriber.transcribe, waveform)
+        with self._work.request() as request:  # how long a clip is shows when it is decoded
+            waveform = await loop.run_in_executor(
+                self._decoding, decode_audio, clip.data, self._max_seconds, clip.param
+            )  # (n_samples,)
+            request.amount = waveform.size / SAMPLE_RATE
+            return await loop.run_in_executor(self._hearing, self._transcriber.transcribe, waveform)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for the seconds of sound that wait or are heard."""
+        return self._work.stats()

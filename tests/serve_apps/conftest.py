@@ -43,12 +43,8 @@ def speech() -> bytes:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
     """A bundle in a home of its own, with weights fetched into the usual home."""
-    folder = tmp_path_factory.mktemp("home")
-    profile = load_profile("embedded")
-    whisper, language = resolve(profile.audio.source), resolve(profile.language.source)
     usual = os.environ.get("MMLLM_HOME")
-    os.environ["MMLLM_HOME"] = str(folder)
-    yield _build_bundle(profile, whisper, language, folder)
+    yield build_tiny_bundle(tmp_path_factory.mktemp("home"))
     os.environ.pop("MMLLM_HOME")
     if usual is not None:
         os.environ["MMLLM_HOME"] = usual
@@ -168,6 +164,14 @@ def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -
     config = load_serve_config("embedded", overrides)
     serve.run(build(config, bundle.folder), name=name, route_prefix=prefix)
     return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
+
+
+def build_tiny_bundle(home: Path) -> Bundle:
+    """Save a bundle in a home of its own, which is `MMLLM_HOME` from then on; weights come from the usual one."""
+    profile = load_profile("embedded")
+    whisper, language = resolve(profile.audio.source), resolve(profile.language.source)
+    os.environ["MMLLM_HOME"] = str(home)
+    return _build_bundle(profile, whisper, language, home)
 
 
 def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path) -> Bundle:

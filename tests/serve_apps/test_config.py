@@ -31,7 +31,6 @@ def test_the_laptop_fits_two_cores_and_one_gpu_holds_a_replica_of_each_model() -
     [
         ({"phi.num_replicas": 2}, "num_replicas or autoscaling"),
         ({"phi.autoscaling.min_replicas": 5}, "above max_replicas"),
-        ({"phi.autoscaling.target_ongoing_requests": 99}, "no replica would ever be added"),
         ({"phi.device": "cuda"}, "device cuda does not go with"),
         ({"clip.ray_actor_options.num_gpus": 0.5}, "device cpu does not go with"),
         ({"clip.max_batch_size": 64}, "batches would never fill"),
@@ -39,7 +38,11 @@ def test_the_laptop_fits_two_cores_and_one_gpu_holds_a_replica_of_each_model() -
         ({"ingress.ray_actor_options.resources": {"vision": 1}}, "must ask for nothing and asks for vision"),
         ({"ingress.num_replicas": 2}, "ui needs a single ingress replica"),
         (
-            {"ui": False, "ingress.num_replicas": None, "ingress.autoscaling": {"min_replicas": 0, "max_replicas": 1}},
+            {
+                "ui": False,
+                "ingress.num_replicas": None,
+                "ingress.autoscaling": {"min_replicas": 0, "max_replicas": 1, "target_requests": 9},
+            },
             "nobody would answer",
         ),
     ],
