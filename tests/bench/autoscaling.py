@@ -88,7 +88,7 @@ def plot(trace: dict[str, Any], file: Path) -> None:
 
     figure, rows = pyplot.subplots(len(DEPLOYMENTS), sharex=True, figsize=(10, 7), layout="constrained")
     seconds = [sample["seconds"] for sample in trace["samples"]]
-    top = 0.5 + max(max(sample["wanted"].values()) for sample in trace["samples"])
+    top = 0.5 + max(max(sample["replicas"].values()) for sample in trace["samples"])
     for row, name in zip(rows, DEPLOYMENTS, strict=True):
         row.fill_between(
             seconds, [s["load"][name] for s in trace["samples"]], color="tab:blue", alpha=0.25, step="post"
@@ -97,10 +97,8 @@ def plot(trace: dict[str, Any], file: Path) -> None:
         row.set_ylim(bottom=0)
         row.set_title(name, loc="left")
         replicas = row.twinx()
-        for of, style in (("wanted", ":"), ("replicas", "-")):
-            label = {"wanted": "replicas wanted", "replicas": "replicas running"}[of]
-            values = [s[of][name] for s in trace["samples"]]
-            replicas.step(seconds, values, style, where="post", color="tab:red", label=label)
+        running = [sample["replicas"][name] for sample in trace["samples"]]
+        replicas.step(seconds, running, where="post", color="tab:red", label="replicas that run")
         replicas.set_ylim(0, top)
         replicas.set_yticks(range(int(top) + 1))
         replicas.set_ylabel("replicas", color="tab:red")

@@ -56,7 +56,6 @@ class Sample:
     load: dict[str, float]
     """Work that callers wait for, by modality, in its unit; of a text request the tokens asked for."""
     replicas: dict[str, int]
-    wanted: dict[str, int]
 
 
 @dataclass
@@ -178,9 +177,8 @@ class StepLoad:
 
         found = serve.status().applications[self._app].deployments
         running = {name: found[d].replica_states.get("RUNNING", 0) for name, d in DEPLOYMENTS.items()}
-        wanted = {name: found[d].target_num_replicas for name, d in DEPLOYMENTS.items()}
         with self._lock:
-            return Sample(self.now(), dict(self._load), running, wanted)
+            return Sample(self.now(), dict(self._load), running)
 
     def _wait(self, until: Callable[[Sample], bool], what: str, timeout_s: float = 150.0) -> None:
         deadline = time.monotonic() + timeout_s
