@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -135,7 +136,9 @@ class VllmEngine:
             for index in range(request.sampling.n):
                 sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids)
                 running.sequences.append(sequence)
-                running.work.append(self._in_loop(self._answer(sequence, embeddings)))
+                work = self._in_loop(self._answer(sequence, embeddings))
+                work.add_done_callback(partial(_say_aborted, sequence))
+                running.work.append(work)
             async for chunk in call.answers():
                 yield chunk
         finally:
@@ -241,9 +244,6 @@ class VllmEngine:
                         if sequence.finished:
                             return
             call.send(EngineError("vLLM ended an answer without a reason"))
-        except asyncio.CancelledError:
-            call.send(sequence.finish("abort"))
-            raise
         except TimeoutError:
             call.send(DeadlineError("the request's time is up"))
         except Exception as error:
@@ -297,6 +297,11 @@ def sampling_of(sampling: SamplingParams, index: int, max_tokens: int, stop_ids:
         output_kind=RequestOutputKind.DELTA,
         structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
     )
+
+
+def _say_aborted(sequence: Sequence, work: "Future[None]") -> None:
+    if work.cancelled() and not sequence.finished:  # it may never have begun
+        sequence.call.send(sequence.finish("abort"))
 
 
 def _taken(sequence: Sequence, found: Any) -> list[EngineChunk]:

@@ -384,6 +384,17 @@ def test_who_leaves_or_is_aborted_frees_the_engine(subject: Subject) -> None:
     assert load.running == load.waiting == load.tokens_in_flight == 0
 
 
+def test_who_is_aborted_at_once_hears_of_it(subject: Subject) -> None:
+    async def abort_at_once() -> list[str | None]:
+        asked = asyncio.ensure_future(ask(subject.engine, of_tokens("a", [5, 6], max_tokens=500, temperature=2.0)))
+        while not subject.engine.load().waiting + subject.engine.load().running:
+            await asyncio.sleep(0)
+        subject.engine.abort("a")
+        return [chunk.finish_reason for chunk in await asked]
+
+    assert asyncio.run(asyncio.wait_for(abort_at_once(), 60))[-1] == "abort"
+
+
 def test_two_requests_of_one_id_are_two(subject: Subject) -> None:
     first, second = together(subject, *(of_tokens("same", [5, 6 + i], max_tokens=8 - 4 * i) for i in (0, 1)))
     assert tokens(first) == reference(subject.plain, [5, 6], 8)
