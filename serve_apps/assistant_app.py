@@ -36,6 +36,7 @@ from serve_apps.openai_replies import (
     to_failure,
 )
 from serve_apps.prompt import Prompt
+from serve_apps.readiness import Readiness
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -71,6 +72,7 @@ class Assistant:
         self._whisper = whisper
         self._phi = phi
         self._vocabulary: list[bytes] = []
+        self._readiness = Readiness(clip, whisper, phi, config)
         self._model = model
         self._config = config
         self._started = int(time.time())
@@ -88,6 +90,12 @@ class Assistant:
     def models(self) -> list[Json]:
         """The models that can be asked for."""
         return [{"id": self._model, "object": "model", "created": self._started, "owned_by": "mmllm"}]
+
+    async def ready(self) -> Response:
+        """Say which parts answer; 503 if one does not that should."""
+        states = await self._readiness.states()
+        ready = "not ready" not in states.values()
+        return JSONResponse({"status": "ready" if ready else "not ready"} | states, 200 if ready else 503)
 
     async def chat(self, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`; never raises but for cancellation."""
@@ -234,6 +242,11 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     async def healthz() -> Json:
         """Say that requests are taken."""
         return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        """Ask every part for a real answer."""
+        return await assistant.ready()
 
     # Below /v1 nothing falls through to the chat page, whose answers no API client understands.
     @app.api_route("/v1/{rest:path}", methods=_METHODS, include_in_schema=False)

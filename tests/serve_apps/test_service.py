@@ -97,6 +97,13 @@ def test_a_stream_counts_nothing_that_was_not_asked_for(service: Service) -> Non
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_readiness_is_a_real_answer_of_each_part(service: Service) -> None:
+    reply = httpx.get(f"{service.base_url}/readyz", timeout=60)
+    assert reply.status_code == 200
+    assert reply.json() == {"status": "ready", "vision": "ready", "audio": "ready", "text": "ready"}
+    assert httpx.get(f"{service.base_url}/healthz").json() == {"status": "ok"}
+
+
 def test_several_answers_are_told_apart_and_counted_together(service: Service) -> None:
     body = service.body("Hello", n=3, temperature=1.0, seed=4, max_tokens=12)
     whole = service.client().chat.completions.create(**body)
