@@ -8,12 +8,16 @@ and prefixes are not cached: vLLM mixes prompts up when some come as tokens or s
 
 import asyncio
 import contextlib
+import json
+import os
+import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -24,9 +28,10 @@ from torch import Tensor
 from mmllm_core.config import VllmConfig
 from mmllm_core.engine.call import Call, positions
 from mmllm_core.engine.grammar import Grammars
-from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest, SamplingParams, TokenLogprob
+from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.sampler import Choice
 from mmllm_core.engine.sequence import Sequence
+from mmllm_core.engine.vllm_request import logprob_of, prompt_of, sampling_of
 from mmllm_core.errors import ConfigError, DeadlineError, EngineError, first_line
 
 if TYPE_CHECKING:
@@ -48,9 +53,9 @@ class VllmEngine:
     """Implements `mmllm_core.engine.protocol.Engine`.
 
     Args:
-        folder: of a causal LM as transformers saves it, with its tokenizer.
+        folder: of a causal LM as transformers saves it; a tokenizer in it is not looked at.
         tokenizer: the LM's tokenizer.
-        embed: token ids -> their embeddings (t, d_model), as the LM has them.
+        embed: the LM's input embeddings: token ids (t,) -> (t, d_model).
         stop_ids: tokens that end an answer.
         context_length: most positions that prompt and answer may take together.
         dtype: that the LM is computed in.
@@ -71,7 +76,7 @@ class VllmEngine:
         folder: Path,
         tokenizer: "PreTrainedTokenizerBase",
         *,
-        embed: Callable[[Tensor], Tensor],
+        embed: Any,
         stop_ids: list[int],
         context_length: int,
         dtype: torch.dtype,
@@ -116,7 +121,9 @@ class VllmEngine:
             self._adapter = LoRARequest(adapter.name, 1, str(adapter))
             settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(adapter)}
         try:
-            self._llm = self._in_loop(self._start(settings)).result()
+            with tempfile.TemporaryDirectory(prefix="mmllm-tokenizer-") as scratch:  # vLLM reads it as it starts
+                tokenizer.save_pretrained(scratch)
+                self._llm = self._in_loop(self._start(settings | {"tokenizer": scratch})).result()
         except Exception as error:
             self.shutdown()
             raise EngineError(f"vLLM did not start: {first_line(error)}") from error
@@ -129,16 +136,18 @@ class VllmEngine:
         limit = positions(request, self._context_length, self._context_length)
         if request.sampling.json_schema is not None:  # vLLM compiles it again; here it is refused by our own error
             await asyncio.to_thread(self._grammars.compile, request.sampling.json_schema)
-        embeddings = self._prompt(request)
+        prompt = prompt_of(request, self._embedded(request), self._llm.model_config.get_vocab_size())
         call = Call(request, asyncio.get_running_loop())
         running = self._running[id(call)] = _Running(call)
         try:
             for index in range(request.sampling.n):
                 sequence = Sequence(call, index, limit, self._tokenizer, self._stop_ids)
                 running.sequences.append(sequence)
-                work = self._in_loop(self._answer(sequence, embeddings))
+                work = self._in_loop(self._answer(sequence, prompt))
                 work.add_done_callback(partial(_say_aborted, sequence))
                 running.work.append(work)
+            if self._ended:  # `shutdown` saw these answers, or its loop will never begin them
+                self.health()
             async for chunk in call.answers():
                 yield chunk
         finally:
@@ -188,6 +197,7 @@ class VllmEngine:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _start(self, settings: dict[str, Any]) -> Any:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers what it runs on
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -212,31 +222,37 @@ class VllmEngine:
         await asyncio.sleep(0)  # cancelled answers end first
         self._llm.shutdown()
 
-    def _prompt(self, request: EngineRequest) -> Tensor:
-        """Embeddings (t, d_model) of a prompt."""
+    def _embedded(self, request: EngineRequest) -> Tensor:
+        """Embeddings (t, d_model) of a prompt, on the CPU.
+
+        Raises:
+            EngineError: vLLM would fail on them, or answer what was not asked: not of the LM's width, not finite, or
+                of tokens that it does not have.
+        """
         if request.media is not None:
             raise EngineError("vLLM's layers cannot look at images: serve cross-attention by the other engine")
         with torch.inference_mode():
             found = request.embeddings
-            width = self._llm.model_config.get_hidden_size()
+            lm = self._llm.model_config
             if found is None:
-                found = self._embed(torch.tensor(request.token_ids))
-            if found.dim() != 2 or found.shape[1] != width:
-                raise EngineError(f"embeddings of shape {tuple(found.shape)} for an LM {width} wide")
-            if not bool(found.isfinite().all()):  # vLLM would answer something
+                if unknown := [token for token in request.token_ids or () if not 0 <= token < lm.get_vocab_size()]:
+                    raise EngineError(f"token {unknown[0]} for an LM that has {lm.get_vocab_size()}")
+                found = self._embed(torch.tensor(request.token_ids, device=self._embed.weight.device))
+            if found.dim() != 2 or found.shape[1] != lm.get_hidden_size():
+                raise EngineError(f"embeddings of shape {tuple(found.shape)} for an LM {lm.get_hidden_size()} wide")
+            found = found.detach().to("cpu", lm.dtype).clone()
+            if not bool(found.isfinite().all()):
                 raise EngineError("the prompt's embeddings are not finite")
-            return found.detach().to("cpu", self._llm.model_config.dtype).clone()
+            return found
 
-    async def _answer(self, sequence: Sequence, embeddings: Tensor) -> None:
+    async def _answer(self, sequence: Sequence, prompt: dict[str, Any]) -> None:
         call = sequence.call
         request = call.request
         until, room = request.deadline, sequence.limit - sequence.prompt_tokens
         try:
             params = sampling_of(request.sampling, sequence.index, room, self._stop_ids)
             async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic())):
-                outputs = self._llm.generate(
-                    {"prompt_embeds": embeddings}, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapter
-                )
+                outputs = self._llm.generate(prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapter)
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
                         for chunk in _taken(sequence, output.outputs[0]):
@@ -256,8 +272,6 @@ def require_vllm(config: VllmConfig, device: str) -> None:
     Raises:
         ConfigError: it is not installed, or `config` does not go with the device.
     """
-    from importlib.util import find_spec
-
     if find_spec("vllm") is None:
         raise ConfigError("engine: vllm, and vLLM is not installed: pip install 'mmllm[vllm]', or take transformers")
     if device == "cpu" and config.quantization:
@@ -265,38 +279,6 @@ def require_vllm(config: VllmConfig, device: str) -> None:
     gpus = torch.cuda.device_count()
     if device != "cpu" and config.tensor_parallel > gpus:
         raise ConfigError(f"vllm.tensor_parallel: {config.tensor_parallel} GPUs, and there are {gpus}: lower it")
-
-
-def sampling_of(sampling: SamplingParams, index: int, max_tokens: int, stop_ids: list[int]) -> Any:
-    """vLLM's words for how an answer's tokens are chosen; its text, and stop strings in it, are our own.
-
-    Of embeddings vLLM does not know the tokens, so `repetition_penalty` is for those of the answer alone.
-
-    Raises:
-        ValueError: out of vLLM's bounds.
-    """
-    from vllm import SamplingParams as VllmSamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-
-    schema = sampling.json_schema
-    return VllmSamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=0 if schema else min(sampling.min_tokens, max_tokens),
-        temperature=sampling.temperature,
-        top_p=max(sampling.top_p, 1e-9),  # 0, which vLLM refuses, is the likeliest token alone
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
-        seed=None if sampling.seed is None else (sampling.seed + index) % 2**63,
-        logprobs=sampling.logprobs,
-        stop_token_ids=stop_ids,
-        ignore_eos=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
-    )
 
 
 def _say_aborted(sequence: Sequence, work: "Future[None]") -> None:
@@ -308,7 +290,8 @@ def _taken(sequence: Sequence, found: Any) -> list[EngineChunk]:
     """Chunks of tokens that vLLM found."""
     chunks = []
     for i, token in enumerate(found.token_ids):
-        logprob = None if found.logprobs is None else _logprob(token, found.logprobs[i], sequence)
+        n = sequence.call.request.sampling.logprobs
+        logprob = None if n is None else logprob_of(token, found.logprobs[i], n)
         if chunk := sequence.take(Choice(token, logprob)):
             chunks.append(chunk)
         if sequence.finished:
@@ -316,16 +299,7 @@ def _taken(sequence: Sequence, found: Any) -> list[EngineChunk]:
     return chunks
 
 
-def _logprob(token: int, found: dict[int, Any], sequence: Sequence) -> TokenLogprob:
-    n = sequence.call.request.sampling.logprobs or 0
-    ranked = sorted(found.items(), key=lambda item: item[1].rank)
-    top = tuple((other, value.logprob) for other, value in ranked if value.rank <= n)
-    return TokenLogprob(token, found[token].logprob, top)
-
-
 def _lora_rank(adapter: Path) -> int:
-    import json
-
     rank: int = json.loads((adapter / "adapter_config.json").read_text())["r"]
     # vLLM knows these alone
     return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
                 "stop_ids": stop_ids,
                 "dtype": torch.float32,
             }
-            engine = VllmEngine(folder, tokenizer, embed=_embedding(lm), context_length=CONTEXT, **settings)
+            engine = VllmEngine(folder, tokenizer, embed=lm.get_input_embeddings(), context_length=CONTEXT, **settings)
         else:
             copy = type(lm).from_pretrained(folder, dtype=torch.float32).eval()
             engine = TransformersEngine(copy, tokenizer, context_length=CONTEXT, kv_cache_bytes=100_000_000)
@@ -78,10 +79,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     yield build
     for engine in started:
         engine.shutdown()
-
-
-def _embedding(lm: Any) -> Any:
-    return lm.get_input_embeddings()
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -152,6 +149,15 @@ def test_requests_that_run_together_do_not_change_each_other(subject: Subject) -
     requests = [of_tokens(str(i), p, max_tokens=8 + 3 * i) for i, p in enumerate(PROMPTS)]
     for i, found in enumerate(together(subject, *requests)):
         assert tokens(found) == reference(subject.plain, PROMPTS[i], 8 + 3 * i), i
+
+
+def test_a_long_prompt_is_computed_in_pieces(subject: Subject) -> None:
+    prompt = [20 + i * i % 300 for i in range(480)]  # a step has 256 positions
+    found, beside = together(
+        subject, of_tokens("long", prompt, max_tokens=16), of_tokens("b", PROMPTS[3], max_tokens=16)
+    )
+    assert tokens(found) == reference(subject.plain, prompt, 16)
+    assert tokens(beside) == reference(subject.plain, PROMPTS[3], 16)
 
 
 def test_embeddings_are_answered_as_their_tokens(subject: Subject) -> None:
@@ -255,6 +261,37 @@ def test_penalties_are_for_what_the_answer_holds(
     assert expected != tokens(complete(subject, [5, 6], max_tokens=24))
 
 
+def test_a_repetition_penalty_is_for_prompt_and_answer_whatever_ran_before(subject: Subject) -> None:
+    prompt = [20 + i for i in range(40)]
+    image = torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        text = subject.plain.get_input_embeddings()(torch.tensor(prompt))  # (t, d_model)
+    shown = torch.cat([text[:20], image, text[20:]])
+    content = (*prompt[:20], -1, -2, -3, -4, *prompt[20:])
+    complete(subject, [5, 6], max_tokens=100, temperature=1.0, seed=4)  # leaves tokens where the next prompt lies
+    sampling = SamplingParams(max_tokens=24, repetition_penalty=1.6)
+    for request, embeddings in (
+        (EngineRequest("ids", token_ids=tuple(prompt), sampling=sampling), text),
+        (EngineRequest("image", shown, sampling, content=content), shown),
+    ):
+        assert tokens(together(subject, request)[0]) == penalised(subject.plain, embeddings, prompt, 24, 1.6), (
+            request.id
+        )
+
+
+def penalised(lm: Any, embeddings: torch.Tensor, prompt: list[int], n: int, penalty: float) -> list[int]:
+    """Greedy tokens, with a repetition penalty on what prompt and answer hold."""
+    chosen: list[int] = []
+    with torch.inference_mode():
+        for _ in range(n):
+            answer = lm.get_input_embeddings()(torch.tensor(chosen, dtype=torch.int64))
+            logits = lm(inputs_embeds=torch.cat([embeddings, answer]).unsqueeze(0)).logits[0, -1]
+            for token in {*prompt, *chosen}:
+                logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+            chosen.append(int(logits.argmax()))
+    return chosen
+
+
 def test_what_an_engine_refuses_is_an_error(subject: Subject) -> None:
     if isinstance(subject.engine, TransformersEngine):
         pytest.skip("it knows no bounds of penalties")
@@ -343,11 +380,18 @@ def test_a_prompt_that_does_not_fit_is_refused(subject: Subject) -> None:
     assert found[-1].finish_reason == "length"
 
 
-def test_a_bad_request_fails_alone(subject: Subject) -> None:
-    bad = EngineRequest("bad", torch.zeros(3, 7), SamplingParams())
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (EngineRequest("width", torch.zeros(3, 7)), "7"),
+        (EngineRequest("token", token_ids=(5, 4000)), "out of range|4000"),
+    ],
+    ids=lambda value: getattr(value, "id", ""),
+)
+def test_a_bad_request_fails_alone(bad: EngineRequest, reason: str, subject: Subject) -> None:
     failed, good = together(subject, bad, of_tokens("good", [5, 6], max_tokens=8))
     assert isinstance(failed, EngineError)
-    assert "7" in str(failed)
+    assert re.search(reason, str(failed))
     assert tokens(good) == reference(subject.plain, [5, 6], 8)
     subject.engine.health()
 
