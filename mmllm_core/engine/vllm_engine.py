@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -121,8 +122,9 @@ class VllmEngine:
             self._adapter = LoRARequest(adapter.name, 1, str(adapter))
             settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(adapter)}
         try:
-            with tempfile.TemporaryDirectory(prefix="mmllm-tokenizer-") as scratch:  # vLLM reads it as it starts
-                tokenizer.save_pretrained(scratch)
+            with tempfile.TemporaryDirectory(prefix="mmllm-tokenizer-") as scratch:
+                tokenizer.save_pretrained(scratch)  # vLLM reads it as it starts, with the LM's config beside it
+                shutil.copy(folder / "config.json", scratch)
                 self._llm = self._in_loop(self._start(settings | {"tokenizer": scratch})).result()
         except Exception as error:
             self.shutdown()

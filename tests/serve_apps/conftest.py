@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gradio
 import numpy as np
 import openai
 import pytest
@@ -31,13 +30,14 @@ ARCHITECTURE = {
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
     "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
 }
-MEDIA = Path(gradio.__file__).parent / "media_assets"
 
 
 @pytest.fixture(scope="session")
 def speech() -> bytes:
     """An mp3 in which a man says "If you're good at something, never do it for free."."""
-    return (MEDIA / "audio" / "heath_ledger.mp3").read_bytes()
+    import gradio  # here, for vLLM's environment has none
+
+    return (Path(gradio.__file__).parent / "media_assets" / "audio" / "heath_ledger.mp3").read_bytes()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,96 @@
+"""Bundles that vLLM serves: whatever their LM is made of, the answers are those of the other engine."""
+
+import asyncio
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
+from mmllm_core.config import LoraConfig, PathSource
+from mmllm_core.connectors import LmShape, build_connector
+from mmllm_core.conversation import IMAGE_TOKEN_ID
+from mmllm_core.engine.protocol import EngineChunk, EngineRequest, SamplingParams
+from mmllm_core.language import add_adapter
+from mmllm_core.merging import merge_bundle
+from mmllm_core.models.profile import load_profile
+from serve_apps.config import PhiConfig
+from serve_apps.phi_engine import start_engine
+from tests.conftest import TinyLM
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM: make test-vllm")
+
+D_VISION, N_PATCHES, D_MODEL = 12, 4, 128
+PROMPTS = [
+    (
+        [20, *[IMAGE_TOKEN_ID] * N_PATCHES, 30, 31],
+        torch.randn(1, N_PATCHES, D_VISION, generator=torch.Generator().manual_seed(0)),
+    ),
+    ([21, 22, 23, 24], None),
+]
+
+
+def adapted_bundle(folder: Path, lm: Any, tokenizer: Any, quantization: str) -> Bundle:
+    """A bundle of a tiny LM, held in float32 or NF4, with an adapter that changes its answers."""
+    lm.save_pretrained(folder)
+    profile = load_profile("embedded")
+    changes = {"source": PathSource(path=folder), "quantization": quantization, "dtype": "float32"}
+    profile = profile.model_copy(update={"language": profile.language.model_copy(update=changes)})
+    info = BundleInfo(
+        name="tiny", profile=profile, d_vision=D_VISION, n_patches=N_PATCHES, feature_fingerprint="of nothing"
+    )
+    connector = build_connector(profile.connector, D_VISION, LmShape.of(lm.config), output_std=0.3)
+    adapter = add_adapter(lm, LoraConfig(rank=8))
+    for name, weight in adapter.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return save_bundle(info, connector, tokenizer, adapter=adapter)
+
+
+def answers(bundle: Bundle, engine_name: str, merged: bool) -> list[list[int]]:
+    """Greedy answers to all prompts at once."""
+    config = PhiConfig.model_validate(
+        {
+            "engine": engine_name,
+            "merged": merged,
+            "kv_cache_bytes": 100_000_000,
+            "ray_actor_options": {"resources": {"text": 1}},
+        }
+    )
+    model, engine = start_engine(bundle, config)
+    sampling = SamplingParams(max_tokens=24, min_tokens=24)
+
+    async def say(request: EngineRequest) -> list[EngineChunk]:
+        return [chunk async for chunk in engine.generate(request)]
+
+    async def all_at_once(requests: list[EngineRequest]) -> list[list[EngineChunk]]:
+        return await asyncio.gather(*map(say, requests))
+
+    try:
+        with torch.inference_mode():
+            embedded = [model.embed(torch.tensor([ids]), features)[0] for ids, features in PROMPTS]
+        requests = [EngineRequest(str(i), embeddings, sampling) for i, embeddings in enumerate(embedded)]
+        found = asyncio.run(asyncio.wait_for(all_at_once(requests), 100))
+    finally:
+        engine.shutdown()
+    return [[token for chunk in chunks for token in chunk.token_ids] for chunks in found]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "way"),
+    [("nf4", "merged as it starts"), ("none", "adapted as it computes"), ("nf4", "a merged bundle")],
+)
+def test_vllm_answers_as_the_other_engine(
+    quantization: str, way: str, tiny_lm: TinyLM, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmllm_core.bundle._PACKAGES", ("torch",))  # vLLM's environment lacks most of ours
+    lm = tiny_lm("llama", hidden_size=D_MODEL, intermediate_size=256, max_position_embeddings=2048)
+    bundle = adapted_bundle(tmp_path / "lm", lm, tokenizer, quantization)
+    if way == "a merged bundle":
+        bundle = merge_bundle(bundle, "merged")
+    merged = way != "adapted as it computes"
+    expected = answers(bundle, "transformers", merged)
+    assert all(len(set(answer)) > 3 for answer in expected)
+    assert answers(bundle, "vllm", merged) == expected
