@@ -3,11 +3,11 @@
 import asyncio
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -447,16 +447,28 @@ def test_two_requests_of_one_id_are_two(subject: Subject) -> None:
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_an_engine_that_was_shut_down_ends_requests_and_is_not_healthy(
-    kind: str, start: Start, tiny_lm: TinyLM, tokenizer: Any, tmp_path: Path
+    kind: str, start: Start, tiny_lm: TinyLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = start(kind, tiny_lm("llama", **WIDER), tokenizer).engine
+    reached, ended = threading.Event(), threading.Event()
+
+    def compile_until_the_end(schema: str) -> None:
+        reached.set()
+        ended.wait(60)
+
+    monkeypatch.setattr(engine._grammars, "compile", compile_until_the_end)
 
     async def shut_down_midway() -> str | None:
         stream = engine.generate(of_tokens("a", [5, 6], max_tokens=500, temperature=2.0))
         await anext(stream)
+        on_its_way = asyncio.ensure_future(ask(engine, of_tokens("b", [5, 6], json_schema="{}")))
+        await asyncio.to_thread(reached.wait, 60)
         await asyncio.to_thread(engine.shutdown)
+        ended.set()
+        with pytest.raises(EngineError, match="down"):
+            await on_its_way
         return [chunk async for chunk in stream][-1].finish_reason
 
-    assert asyncio.run(asyncio.wait_for(shut_down_midway(), 60)) == "abort"
+    assert asyncio.run(asyncio.wait_for(shut_down_midway(), 100)) == "abort"
     with pytest.raises(EngineError, match="down"):
         engine.health()
