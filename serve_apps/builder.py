@@ -18,6 +18,7 @@ from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, W
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, ServeConfig
 from serve_apps.phi_app import PhiDeployment
+from serve_apps.phi_engine import require_servable
 from serve_apps.whisper_app import WhisperDeployment
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ def build(config: ServeConfig, bundle: Path) -> "Application":
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered.
+        ConfigError: it is not for the engine that the config names.
     """
     opened = Bundle.open(bundle)
+    require_servable(opened, config.phi)
     folder = opened.folder.absolute()
     drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
 

@@ -165,6 +165,25 @@ class PhiConfig(ModelDeploymentConfig):
             raise ValueError(f"vllm: set, and engine is {self.engine}: leave it out, or set engine to vllm")
         return self
 
+    @model_validator(mode="after")
+    def _vllm_fits_what_is_reserved(self) -> "PhiConfig":
+        if self.engine != "vllm":
+            return self
+        if objection := self.vllm.objection(self.device):
+            raise ValueError(objection)
+        gpus = self.ray_actor_options.num_gpus
+        if self.vllm.tensor_parallel > max(1, gpus):
+            raise ValueError(
+                f"vllm.tensor_parallel {self.vllm.tensor_parallel} is above ray_actor_options.num_gpus {gpus:g}: "
+                "a replica sees the GPUs that it reserves and no other"
+            )
+        if 0 < gpus < self.vllm.gpu_memory_utilization:
+            raise ValueError(
+                f"vllm.gpu_memory_utilization {self.vllm.gpu_memory_utilization:g} is above ray_actor_options.num_gpus "
+                f"{gpus:g}: what else runs on that GPU would lack memory"
+            )
+        return self
+
 
 class IngressConfig(DeploymentConfig):
     """The HTTP side; needs no modality and is never scaled to zero."""

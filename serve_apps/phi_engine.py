@@ -20,6 +20,26 @@ from mmllm_core.model import MultimodalLM
 from serve_apps.config import PhiConfig
 
 
+def require_servable(bundle: Bundle, config: PhiConfig) -> None:
+    """Refuse a bundle that the config's engine cannot run, before anything is loaded.
+
+    Raises:
+        ConfigError: what it is that the engine cannot do, and what to do instead.
+    """
+    if config.engine != "vllm":
+        return
+    if bundle.profile.connector.kind == "cross_attention":
+        raise ConfigError(
+            f"phi.engine: vllm, and the layers of bundle '{bundle.info.name}' look at images themselves "
+            "(cross_attention), which vLLM's cannot: take transformers"
+        )
+    if config.vllm.quantization == "awq" and not _served_as_stored(bundle, config):
+        raise ConfigError(
+            f"vllm.quantization: awq is for an LM that was quantized so beforehand, and that of bundle "
+            f"'{bundle.info.name}' is dequantized or merged first: leave it out, or take fp8 or nf4"
+        )
+
+
 def start_engine(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
     """Load a bundle's model and start its engine.
 
@@ -51,11 +71,7 @@ def start_engine(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engin
 
 def _vllm(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
     """vLLM reads the LM from a folder; here its embeddings and the connector are kept."""
-    if bundle.profile.connector.kind == "cross_attention":
-        raise ConfigError(
-            f"phi.engine: vllm, and the layers of bundle '{bundle.info.name}' look at images themselves "
-            "(cross_attention), which vLLM's cannot: take transformers"
-        )
+    require_servable(bundle, config)
     require_vllm(config.vllm, config.device)
     language, tokenizer = bundle.profile.language, bundle.tokenizer
     with tempfile.TemporaryDirectory(prefix="mmllm-lm-") as scratch:
@@ -79,15 +95,19 @@ def _vllm(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
     return model, engine
 
 
+def _served_as_stored(bundle: Bundle, config: PhiConfig) -> bool:
+    """Whether vLLM can load the LM as it lies there, neither dequantized nor merged."""
+    return bundle.profile.language.quantization == "none" and (bundle.adapter is None or not config.merged)
+
+
 def _lm_for_vllm(bundle: Bundle, config: PhiConfig, scratch: Path) -> Path:
     """Folder of the LM as vLLM is to load it: as it is, or else plain and merged in `scratch`."""
     language = bundle.profile.language
     stored = bundle.weights(language.source)
-    if language.quantization == "none" and (bundle.adapter is None or not config.merged):
+    if _served_as_stored(bundle, config):
         return stored
     lm: Any = bundle.load_model().lm if config.merged else load_language_model(language, stored)
     _merged(lm).save_pretrained(scratch)
-    bundle.tokenizer.save_pretrained(scratch)
     return scratch
 
 

@@ -19,3 +19,11 @@ class VllmConfig(StrictModel):
     """Share of a GPU's memory that vLLM takes, weights and keys and values together."""
     enforce_eager: bool = False
     """Whether to do without CUDA graphs and compilation: a replica starts sooner and answers later."""
+
+    def objection(self, device: str) -> str | None:
+        """Why vLLM cannot do this on a device, `cpu` or `cuda`, and what to do; None if nothing is known against it."""
+        if device == "cpu" and self.quantization:
+            return f"vllm.quantization: {self.quantization} needs a GPU: leave it out, or serve on one"
+        if device == "cpu" and self.tensor_parallel > 1:
+            return f"vllm.tensor_parallel: {self.tensor_parallel} GPUs, and the device is cpu: leave it out"
+        return None

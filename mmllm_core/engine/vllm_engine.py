@@ -276,8 +276,8 @@ def require_vllm(config: VllmConfig, device: str) -> None:
     """
     if find_spec("vllm") is None:
         raise ConfigError("engine: vllm, and vLLM is not installed: pip install 'mmllm[vllm]', or take transformers")
-    if device == "cpu" and config.quantization:
-        raise ConfigError(f"vllm.quantization: {config.quantization} needs a GPU: leave it out, or serve on one")
+    if objection := config.objection(device):
+        raise ConfigError(objection)
     gpus = torch.cuda.device_count()
     if device != "cpu" and config.tensor_parallel > gpus:
         raise ConfigError(f"vllm.tensor_parallel: {config.tensor_parallel} GPUs, and there are {gpus}: lower it")
