@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.serve_apps.conftest import MEDIA, build_tiny_bundle, free_port
+from tests.serve_apps.conftest import build_tiny_bundle, free_port, recorded_speech
 from tests.serve_apps.step_load import CONFIG, DEPLOYMENTS, StepLoad, of_images, of_speech, of_text
 
 
@@ -25,7 +25,7 @@ def measure(folder: Path, up_to: int) -> dict[str, Any]:
     from mmllm_core.audio import SAMPLE_RATE, decode_audio
     from serve_apps.builder import build, load_serve_config
 
-    clip = (MEDIA / "audio" / "heath_ledger.mp3").read_bytes()
+    clip = recorded_speech()
     seconds = decode_audio(clip, 60).size / SAMPLE_RATE
     bundle = build_tiny_bundle(folder)
     port = free_port()

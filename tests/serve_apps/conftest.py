@@ -35,6 +35,11 @@ ARCHITECTURE = {
 @pytest.fixture(scope="session")
 def speech() -> bytes:
     """An mp3 in which a man says "If you're good at something, never do it for free."."""
+    return recorded_speech()
+
+
+def recorded_speech() -> bytes:
+    """An mp3 of three seconds that comes with Gradio."""
     import gradio  # here, for vLLM's environment has none
 
     return (Path(gradio.__file__).parent / "media_assets" / "audio" / "heath_ledger.mp3").read_bytes()
