@@ -30,9 +30,8 @@ from mmllm_core.config import VllmConfig
 from mmllm_core.engine.call import Call, positions
 from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
-from mmllm_core.engine.sampler import Choice
 from mmllm_core.engine.sequence import Sequence
-from mmllm_core.engine.vllm_request import logprob_of, prompt_of, sampling_of
+from mmllm_core.engine.vllm_request import prompt_of, sampling_of, taken
 from mmllm_core.errors import ConfigError, DeadlineError, EngineError, first_line
 
 if TYPE_CHECKING:
@@ -138,6 +137,7 @@ class VllmEngine:
         limit = positions(request, self._context_length, self._context_length)
         if request.sampling.json_schema is not None:  # vLLM compiles it again; here it is refused by our own error
             await asyncio.to_thread(self._grammars.compile, request.sampling.json_schema)
+            self.health()
         prompt = prompt_of(request, self._embedded(request), self._llm.model_config.get_vocab_size())
         call = Call(request, asyncio.get_running_loop())
         running = self._running[id(call)] = _Running(call)
@@ -257,7 +257,7 @@ class VllmEngine:
                 outputs = self._llm.generate(prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapter)
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
-                        for chunk in _taken(sequence, output.outputs[0]):
+                        for chunk in taken(sequence, output.outputs[0]):
                             call.send(chunk)
                         if sequence.finished:
                             return
@@ -286,19 +286,6 @@ def require_vllm(config: VllmConfig, device: str) -> None:
 def _say_aborted(sequence: Sequence, work: "Future[None]") -> None:
     if work.cancelled() and not sequence.finished:  # it may never have begun
         sequence.call.send(sequence.finish("abort"))
-
-
-def _taken(sequence: Sequence, found: Any) -> list[EngineChunk]:
-    """Chunks of tokens that vLLM found."""
-    chunks = []
-    for i, token in enumerate(found.token_ids):
-        n = sequence.call.request.sampling.logprobs
-        logprob = None if n is None else logprob_of(token, found.logprobs[i], n)
-        if chunk := sequence.take(Choice(token, logprob)):
-            chunks.append(chunk)
-        if sequence.finished:
-            break
-    return chunks
 
 
 def _lora_rank(adapter: Path) -> int:

@@ -1,10 +1,12 @@
-"""A request in vLLM's words: prompt, sampling, and log-probabilities back. Does not know how vLLM is run."""
+"""A request in vLLM's words, and what vLLM finds in ours. Does not know how vLLM is run."""
 
 from typing import Any
 
 from torch import Tensor
 
-from mmllm_core.engine.protocol import EngineRequest, SamplingParams, TokenLogprob
+from mmllm_core.engine.protocol import EngineChunk, EngineRequest, SamplingParams, TokenLogprob
+from mmllm_core.engine.sampler import Choice
+from mmllm_core.engine.sequence import Sequence
 
 
 def prompt_of(request: EngineRequest, embeddings: Tensor, vocab_size: int) -> dict[str, Any]:
@@ -48,8 +50,20 @@ def sampling_of(sampling: SamplingParams, index: int, max_tokens: int, stop_ids:
     )
 
 
-def logprob_of(token: int, found: dict[int, Any], n: int) -> TokenLogprob:
-    """How likely a token was, and the `n` likeliest, from vLLM's `Logprob`s by token id."""
+def taken(sequence: Sequence, found: Any) -> list[EngineChunk]:
+    """Chunks of tokens that vLLM found, a `CompletionOutput`; the answer may end among them."""
+    chunks = []
+    for i, token in enumerate(found.token_ids):
+        n = sequence.call.request.sampling.logprobs
+        logprob = None if n is None else _logprob(token, found.logprobs[i], n)
+        if chunk := sequence.take(Choice(token, logprob)):
+            chunks.append(chunk)
+        if sequence.finished:
+            break
+    return chunks
+
+
+def _logprob(token: int, found: dict[int, Any], n: int) -> TokenLogprob:
     ranked = sorted(found.items(), key=lambda item: item[1].rank)
     top = tuple((other, value.logprob) for other, value in ranked if value.rank <= n)
     return TokenLogprob(token, found[token].logprob, top)
