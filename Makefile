@@ -32,8 +32,8 @@ test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
 test-vllm: $(VLLM)/.installed
-	@$(VLLM)/bin/python -m pytest tests/mmllm_core/test_engines.py tests/mmllm_core/test_vllm_engine.py \
-	  tests/serve_apps/test_vllm_served.py -k vllm $(ARGS)
+	@$(VLLM)/bin/python -m pytest tests/mmllm_core/test_engine_answers.py tests/mmllm_core/test_engine_requests.py \
+	  tests/mmllm_core/test_vllm_engine.py tests/serve_apps/test_vllm_served.py -k vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
