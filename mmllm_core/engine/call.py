@@ -31,20 +31,23 @@ class Call:
         return self.request.deadline is not None and time.monotonic() >= self.request.deadline
 
     async def answers(self) -> AsyncIterator[EngineChunk]:
-        """What is sent, until all answers have ended.
+        """What is sent, until all answers have ended; what comes after an answer's end is dropped.
 
         Raises:
             EngineError: an error was sent.
         """
-        unfinished = self.request.sampling.n
+        unfinished = set(range(self.request.sampling.n))
         while unfinished:
             item = await self.chunks.get()
             if isinstance(item, EngineError):
                 raise item
             if isinstance(item, BaseException):
                 raise EngineError(f"generation failed: {item}") from item
+            if item.index not in unfinished:  # it was aborted just as it ended
+                continue
+            if item.finish_reason is not None:
+                unfinished.remove(item.index)
             yield item
-            unfinished -= item.finish_reason is not None
 
     def send(self, item: Item) -> None:
         """Hand an item to the caller, from any thread; its loop may be gone."""
