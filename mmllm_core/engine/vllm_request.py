@@ -23,6 +23,8 @@ def prompt_of(request: EngineRequest, embeddings: Tensor, vocab_size: int) -> di
 def sampling_of(sampling: SamplingParams, index: int, max_tokens: int, stop_ids: list[int]) -> Any:
     """vLLM's words for how an answer's tokens are chosen; its text, and stop strings in it, are our own.
 
+    Where both are given, vLLM takes `top_p` of what `top_k` left, and not of all tokens.
+
     Raises:
         ValueError: out of vLLM's bounds.
     """

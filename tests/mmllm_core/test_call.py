@@ -34,7 +34,7 @@ def test_an_error_ends_the_call_by_its_name() -> None:
         async for _ in call.answers():
             pass
 
-    with pytest.raises(EngineError, match="^out of pages$"):
+    with pytest.raises(EngineError, match=r"^out of pages$"):
         asyncio.run(receive(EngineError("out of pages")))
     with pytest.raises(EngineError, match="generation failed: odd"):
         asyncio.run(receive(ValueError("odd")))
