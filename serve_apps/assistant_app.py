@@ -19,19 +19,20 @@ import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from numpy.typing import NDArray
-from starlette.exceptions import HTTPException
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
+from serve_apps.access import Caller, caller_of, guard
 from serve_apps.config import ServeConfig
+from serve_apps.http_errors import answer_errors, answer_unknown_paths, describe
 from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
 from serve_apps.openai_replies import (
     DONE,
     BodyTooLarge,
-    Failure,
     Json,
     ModelNotFound,
     Reply,
+    error_response,
     event,
     to_failure,
 )
@@ -40,8 +41,6 @@ from serve_apps.readiness import Readiness
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-
-_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ class Assistant:
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
         app = build_http_app(self)
+        guard(app, self._config)
         if self._config.ui:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
             from serve_apps.ui import mount_chat_page
@@ -87,9 +87,10 @@ class Assistant:
             mount_chat_page(app, self._config.http.base_url, self._model)
         return app
 
-    def models(self) -> list[Json]:
-        """The models that can be asked for."""
-        return [{"id": self._model, "object": "model", "created": self._started, "owned_by": "mmllm"}]
+    def models(self, caller: Caller) -> list[Json]:
+        """The models that a caller can ask for."""
+        ids = [id for id in (self._model,) if caller.may_use(id)]
+        return [{"id": id, "object": "model", "created": self._started, "owned_by": "mmllm"} for id in ids]
 
     async def ready(self) -> Response:
         """Say which parts answer; 503 if one does not that should."""
@@ -107,6 +108,7 @@ class Assistant:
                 # base64 of megabytes takes its time: other requests should not wait for it
                 call = await asyncio.to_thread(parse_request, body, self._config.limits)
                 del body
+                caller_of(request).require_model(call.model)
                 if call.model != self._model:
                     raise ModelNotFound(f"this model does not exist here: ask for '{self._model}'", "model")
                 seen = await self._perceive(call)
@@ -212,10 +214,7 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     """The HTTP routes of an assistant, without the chat page."""
     app = FastAPI(title="mmllm", description="CLIP sees, Whisper hears, a Phi model answers.", redoc_url=None)
 
-    @app.exception_handler(HTTPException)
-    async def explain(_: Request, error: HTTPException) -> Response:
-        return error_response(Failure(error.status_code, str(error.detail), None))
-
+    answer_errors(app)
     body = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     parts_of_body = body.pop("$defs")
     content = {"application/json": {"schema": body}}
@@ -226,14 +225,14 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         return await assistant.chat(request)
 
     @app.get("/v1/models")
-    async def list_models() -> Json:
+    async def list_models(request: Request) -> Json:
         """List the models that are served."""
-        return {"object": "list", "data": assistant.models()}
+        return {"object": "list", "data": assistant.models(caller_of(request))}
 
     @app.get("/v1/models/{model:path}", response_model=None)
-    async def get_model(model: str) -> Json | Response:
+    async def get_model(request: Request, model: str) -> Json | Response:
         """Describe one model."""
-        found = [entry for entry in assistant.models() if entry["id"] == model]
+        found = [entry for entry in assistant.models(caller_of(request)) if entry["id"] == model]
         return (
             found[0] if found else error_response(to_failure(ModelNotFound("this model does not exist", "model"), ""))
         )
@@ -248,19 +247,9 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         """Ask every part for a real answer."""
         return await assistant.ready()
 
-    # Below /v1 nothing falls through to the chat page, whose answers no API client understands.
-    @app.api_route("/v1/{rest:path}", methods=_METHODS, include_in_schema=False)
-    async def nothing_here(request: Request) -> Response:
-        return error_response(Failure(404, f"{request.method} {request.url.path} is not offered", "not_found"))
-
-    # The body is parsed by hand, for its size and its errors, so FastAPI has to be told of its parts.
-    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(parts_of_body)
+    answer_unknown_paths(app)  # after all other routes
+    describe(app, parts_of_body)
     return app
-
-
-def error_response(failure: Failure) -> Response:
-    """A failure as an HTTP response."""
-    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mmllm_core.config import StrictModel, VllmConfig
 from mmllm_core.data.feature_location import absolute_location
+from mmllm_core.errors import ConfigError
+from serve_apps.access_config import AccessConfig, require_keys_unless_loopback
 from serve_apps.autoscaling_config import (
     AudioAutoscaling,
     Autoscaling,
@@ -209,16 +211,21 @@ class HttpConfig(StrictModel):
     def base_url(self) -> str:
         """URL of the service as this machine reaches it; the API lies below `/v1`."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 class Limits(StrictModel):
     """What one request may take, and what it gets when it does not say."""
 
     max_body_bytes: int = Field(default=25_000_000, gt=0)
+    max_header_bytes: int = Field(default=16_384, gt=0)
+    """Of all headers and the URL together."""
+    body_timeout_s: float = Field(default=60.0, gt=0)
+    """Within which a request's body has to arrive."""
     request_timeout_s: float = Field(default=300.0, gt=0)
     max_images: int = Field(default=8, ge=0)
     max_audio_clips: int = Field(default=4, ge=0)
+    max_messages: int = Field(default=1_000, gt=0)
     max_text_chars: int = Field(default=200_000, gt=0)
     """Typed text of a whole conversation; the model's context is checked later, token by token."""
     max_answers: int = Field(default=8, gt=0)
@@ -228,19 +235,34 @@ class Limits(StrictModel):
     default_max_tokens: int = Field(default=256, gt=0)
     default_temperature: float = Field(default=0.0, ge=0, le=2)
 
+    @property
+    def max_json_values(self) -> int:
+        """Values that a request's JSON may hold, counted before it is read: a body of millions of empty lists takes a
+        hundred times its size in memory. Text and schemas may be all commas, which count as values too."""
+        return 10_000 + 10 * self.max_messages + self.max_text_chars + self.max_schema_chars
+
 
 class ServeConfig(StrictModel):
     """The whole service."""
 
     name: str
     http: HttpConfig = HttpConfig()
+    access: AccessConfig = AccessConfig()
     ui: bool = True
-    """Whether the chat page is served at `/`."""
+    """Whether the chat page is served at `/`; where keys are asked for, it asks for one too."""
     limits: Limits = Limits()
     ingress: IngressConfig = IngressConfig()
     clip: ClipConfig
     whisper: WhisperConfig
     phi: PhiConfig
+
+    @model_validator(mode="after")
+    def _keyless_on_loopback_alone(self) -> "ServeConfig":
+        try:
+            require_keys_unless_loopback(self.http.host, self.access)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @model_validator(mode="after")
     def _page_has_one_home(self) -> "ServeConfig":

@@ -137,12 +137,17 @@ def parse_request(body: bytes, limits: Limits) -> ChatCall:
         BadInput: not JSON, a field that is missing, wrong, unknown or unsupported, or too much of something;
             `param` names the field.
     """
+    require_few_values(body, limits.max_json_values)
     try:
-        values = from_json(body, allow_inf_nan=False)
+        values = from_json(body, allow_inf_nan=False)  # which refuses what is nested more than 200 deep
     except ValueError as error:
         raise BadInput(f"the body is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise BadInput("the body must be a JSON object")
+    if isinstance(messages := values.get("messages"), list) and len(messages) > limits.max_messages:
+        raise BadInput(
+            f"the request holds {len(messages)} messages and at most {limits.max_messages} are allowed", "messages"
+        )
     for field, harmless in UNSUPPORTED.items():
         if values.pop(field, None) not in harmless:
             raise BadInput(f"'{field}' is not supported: leave it out", field)
@@ -151,6 +156,16 @@ def parse_request(body: bytes, limits: Limits) -> ChatCall:
     except ValidationError as error:
         raise _to_bad_input(error.errors(include_url=False)[0]) from None
     return _to_call(request, limits)
+
+
+def require_few_values(body: bytes, most: int) -> None:
+    """Refuse JSON that would take far more memory than its size, before it is read.
+
+    Raises:
+        BadInput: more than `most` commas, lists and objects together, which is at least its number of values.
+    """
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > most:
+        raise BadInput(f"the body holds more than {most} values: send fewer")
 
 
 def with_transcripts(call: ChatCall, transcripts: Sequence[str]) -> tuple[Message, ...]:

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi.responses import JSONResponse, Response
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from starlette.requests import ClientDisconnect
 
 from mmllm_core.engine.protocol import EngineChunk, TokenLogprob
 from mmllm_core.errors import BadInput, DeadlineError
@@ -140,6 +142,7 @@ class Failure:
     message: str
     code: str | None
     param: str | None = None
+    retry_after_s: int = 1
 
     @property
     def body(self) -> Json:
@@ -152,8 +155,13 @@ class Failure:
     def headers(self) -> dict[str, str]:
         """When to come back, where that helps; a request that timed out would only time out again."""
         if self.status in (429, 503):
-            return {"retry-after": "1"}
+            return {"retry-after": str(self.retry_after_s)}
         return {"x-should-retry": "false"} if self.status == 504 else {}
+
+
+def error_response(failure: Failure, headers: dict[str, str] | None = None) -> Response:
+    """A failure as an HTTP response, with `headers` besides its own."""
+    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers | (headers or {}))
 
 
 def to_failure(error: BaseException, request_id: str) -> Failure:
@@ -167,6 +175,8 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
     if isinstance(error, BadInput):
         status = 404 if isinstance(error, ModelNotFound) else 413 if isinstance(error, BodyTooLarge) else 400
         return Failure(status, error.message, error.code, error.param)
+    if isinstance(error, ClientDisconnect):
+        return Failure(499, "the request broke off", "client_closed_request")
     if isinstance(error, BackPressureError):
         return Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
     if isinstance(error, TimeoutError | DeadlineError):
