@@ -82,12 +82,15 @@ def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
     from ray.serve.config import HTTPOptions
 
     from serve_apps.api_keys import read_keys
-    from serve_apps.builder import APP_NAME, build
+    from serve_apps.builder import APP_NAME, build, logging_config
 
     if config.access.keys_file:
         read_keys(config.access.keys_file)
     application = build(config, bundle.folder)
-    serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
+    serve.start(
+        http_options=HTTPOptions(host=config.http.host, port=config.http.port),
+        logging_config=logging_config(config.observability),
+    )
     try:
         try:
             serve.run(application, name=APP_NAME, route_prefix="/")

@@ -26,6 +26,7 @@ from serve_apps.credentials import presented_key
 from serve_apps.openai_replies import Failure, ModelNotFound, error_response
 from serve_apps.passage import GuardedBody, Passage
 from serve_apps.rate_limit import RateLimiter
+from serve_apps.request_record import RequestRecord
 
 if TYPE_CHECKING:
     from serve_apps.config import ServeConfig
@@ -65,7 +66,7 @@ class Caller:
             raise ModelNotFound(f"this model does not exist for your key: it may ask for {allowed or 'none'}", "model")
 
     def spend(self, tokens: int) -> None:
-        """Count what a request took."""
+        """Count what a request took; the door does, by what routes wrote into its `RequestRecord`."""
         if self.key:
             self.limiter.spend(self.key, tokens)
 
@@ -124,14 +125,20 @@ class Door:
             if path not in OPEN_PATHS:
                 self._admit(scope, is_api, passage)
         except Refusal as refusal:
+            _record(scope).error = refusal.failure.code
             await error_response(refusal.failure, refusal.headers)(scope, receive, passage.send)
             return
         if passage.is_head:
             scope["method"] = "GET"
         max_bytes = None if is_api else self._limits.max_body_bytes  # routes of the API count for themselves
         body = GuardedBody(receive, passage, self._limits.body_timeout_s, max_bytes)
-        with suppress(ClientDisconnect):  # who left, or was refused, is told nothing more
-            await self._app(scope, body.receive, passage.send)
+        try:
+            with suppress(ClientDisconnect):  # who left, or was refused, is told nothing more
+                await self._app(scope, body.receive, passage.send)
+        finally:
+            if caller := scope.get("mmllm.caller"):
+                record = _record(scope)
+                caller.spend(record.prompt_tokens + record.completion_tokens)
 
     def _require_small_headers(self, scope: Scope) -> None:
         n_bytes = sum(len(name) + len(value) for name, value in scope["headers"])
@@ -181,6 +188,11 @@ class Refusal(Exception):
         super().__init__(failure.message)
         self.failure = failure
         self.headers = headers or {}
+
+
+def _record(scope: Scope) -> RequestRecord:
+    record: RequestRecord = scope.setdefault("mmllm.record", RequestRecord())
+    return record
 
 
 def _served_on() -> str | None:

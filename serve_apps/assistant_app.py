@@ -25,6 +25,7 @@ from mmllm_core.errors import EngineError
 from serve_apps.access import Caller, caller_of, guard
 from serve_apps.config import ServeConfig
 from serve_apps.http_errors import answer_errors, answer_unknown_paths, describe
+from serve_apps.metrics_page import add_metrics_route
 from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
 from serve_apps.openai_replies import (
     DONE,
@@ -38,6 +39,7 @@ from serve_apps.openai_replies import (
 )
 from serve_apps.prompt import Prompt
 from serve_apps.readiness import Readiness
+from serve_apps.request_record import Recorded, RequestRecord, record_of
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -80,6 +82,7 @@ class Assistant:
         # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
         app = build_http_app(self)
         guard(app, self._config)
+        app.add_middleware(Recorded, config=self._config.observability)  # before the door: what it refuses is told too
         if self._config.ui:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
             from serve_apps.ui import mount_chat_page
@@ -100,7 +103,7 @@ class Assistant:
 
     async def chat(self, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`; never raises but for cancellation."""
-        request_id = clean_request_id(request.headers.get("x-request-id"))
+        request_id, record = clean_request_id(request.headers.get("x-request-id")), record_of(request)
         deadline = asyncio.get_running_loop().time() + self._config.limits.request_timeout_s
         try:
             async with asyncio.timeout_at(deadline):
@@ -111,32 +114,41 @@ class Assistant:
                 caller_of(request).require_model(call.model)
                 if call.model != self._model:
                     raise ModelNotFound(f"this model does not exist here: ask for '{self._model}'", "model")
-                seen = await self._perceive(call)
+                record.model, record.stream = call.model, call.stream
+                seen = await self._perceive(call, record)
                 reply = await self._reply(call, seen)
-                chunks = self._speak(call, seen, reply.id, deadline)
+                chunks = self._speak(call, seen, reply.id, deadline, record)
                 if not call.stream:
                     return JSONResponse(await _whole(reply, chunks))
                 # The first chunk is awaited before the status is sent, so that a refusal is a 4xx and not an event.
                 first = await anext(chunks)
-            events = _events(reply, first, chunks, include_usage=call.include_usage, request_id=request_id)
+            events = _events(
+                reply, first, chunks, include_usage=call.include_usage, request_id=request_id, record=record
+            )
             return StreamingResponse(
                 events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
             )
         except Exception as error:
-            return error_response(to_failure(error, request_id))
+            failure = to_failure(error, request_id)
+            record.error = failure.code
+            return error_response(failure)
 
-    async def _perceive(self, call: ChatCall) -> Perception:
+    async def _perceive(self, call: ChatCall, record: RequestRecord) -> Perception:
         """See and hear at the same time; what still runs when one call fails is cancelled."""
-        seeing = [self._clip.encode.remote(call.images)] if call.images else []
-        hearing = [self._whisper.transcribe.remote(clip) for clip in call.clips]
-        try:
-            results = await asyncio.gather(*seeing, *hearing)
-        except BaseException:
-            for response in (*seeing, *hearing):
-                response.cancel()
-            raise
-        features = results[0] if seeing else None
-        return Perception(features, [transcript.text for transcript in results[len(seeing) :]])
+        record.images, record.audio_clips = len(call.images), len(call.clips)
+        with record.trace.span("perceive") as (_, trace):
+            seeing = [self._clip.encode.remote(call.images, trace.traceparent)] if call.images else []
+            hearing = [self._whisper.transcribe.remote(clip, trace.traceparent) for clip in call.clips]
+            try:
+                results = await asyncio.gather(*seeing, *hearing)
+            except BaseException:
+                for response in (*seeing, *hearing):
+                    response.cancel()
+                raise
+        features, transcripts = results[0] if seeing else None, results[len(seeing) :]
+        record.audio_seconds = sum(transcript.seconds for transcript in transcripts)
+        record.perceived = time.perf_counter()
+        return Perception(features, [transcript.text for transcript in transcripts])
 
     async def _reply(self, call: ChatCall, seen: Perception) -> Reply:
         if call.sampling.logprobs is not None and not self._vocabulary:
@@ -146,18 +158,19 @@ class Assistant:
         return Reply(id, call.model, seen.transcripts, now, call.sampling.n, told)
 
     async def _speak(
-        self, call: ChatCall, seen: Perception, id: str, deadline: float
+        self, call: ChatCall, seen: Perception, id: str, deadline: float, record: RequestRecord
     ) -> AsyncGenerator[EngineChunk, None]:
         """The LM's chunks, until each answer has ended; closing the generator cancels the LM's request."""
         messages = with_transcripts(call, seen.transcripts)
         seconds = deadline - asyncio.get_running_loop().time()
-        prompt = Prompt(id, messages, seen.features, call.sampling, seconds)
+        prompt = Prompt(id, messages, seen.features, call.sampling, seconds, record.trace.traceparent)
         response = self._phi.options(stream=True).generate.remote(prompt)
         unfinished = call.sampling.n
         try:
             while unfinished:
                 async with asyncio.timeout_at(deadline):
                     chunk: EngineChunk = await anext(response)
+                record.note(chunk)
                 if chunk.finish_reason == "abort":
                     raise EngineError("the engine ended the request before the answer was done")
                 yield chunk
@@ -183,6 +196,7 @@ async def _events(
     *,
     include_usage: bool,
     request_id: str,
+    record: RequestRecord,
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a streamed answer; an error that comes now is an event too."""
     last: dict[int, EngineChunk] = {}
@@ -197,7 +211,9 @@ async def _events(
                     last[chunk.index] = chunk
                     yield event(reply.finish(chunk))
         except Exception as error:
-            yield event(to_failure(error, request_id).body)
+            failure = to_failure(error, request_id)
+            record.error = failure.code
+            yield event(failure.body)
         else:
             if include_usage:
                 yield event(reply.closing_usage(list(last.values())))
@@ -247,6 +263,7 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         """Ask every part for a real answer."""
         return await assistant.ready()
 
+    add_metrics_route(app)
     answer_unknown_paths(app)  # after all other routes
     describe(app, parts_of_body)
     return app

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.schema import LoggingConfig
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import StrictModel, load_config
@@ -17,6 +18,7 @@ from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, ServeConfig
+from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
 from serve_apps.whisper_app import WhisperDeployment
@@ -52,11 +54,14 @@ def build(config: ServeConfig, bundle: Path) -> "Application":
     drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
 
     def deployment(cls: type, name: str, part: DeploymentConfig) -> "Deployment":
-        return serve.deployment(cls, name=name, **serving_options(part, drain_s))
+        logs = logging_config(config.observability)
+        # The ingress tells of a request itself, and better.
+        logs.enable_access_log = name != INGRESS
+        return serve.deployment(cls, name=name, logging_config=logs, **serving_options(part, drain_s))
 
-    clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip)
-    whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper)
-    phi = deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi)
+    clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip, config.observability)
+    whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper, config.observability)
+    phi = deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi, config.observability)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
     return ingress.bind(clip, whisper, phi, opened.info.name, config)
 
@@ -86,6 +91,11 @@ def load_serve_config(name_or_path: str, overrides: dict[str, Any] | None = None
         known = ", ".join(serve_config_names())
         raise ConfigError(f"serve config '{name_or_path}' is unknown: choose one of {known} or give a YAML file")
     return load_config(ServeConfig, _FOLDER / f"{name_or_path}.yaml", overrides)
+
+
+def logging_config(config: ObservabilityConfig) -> LoggingConfig:
+    """How Serve's processes log; Serve adds the request's id to what is logged for it, whichever replica does."""
+    return LoggingConfig(encoding=config.logs.upper(), log_level=config.log_level.upper())
 
 
 def serving_options(config: DeploymentConfig, drain_s: float) -> dict[str, Any]:

@@ -24,8 +24,11 @@ from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import FeatureStoreError
 from mmllm_core.vision import decode_image
 from serve_apps.config import ClipConfig
+from serve_apps.metrics import counter, histogram
+from serve_apps.observability_config import ObservabilityConfig
+from serve_apps.tracing import Trace, start_tracing
 from serve_apps.upload import Upload
-from serve_apps.work_in_flight import WorkInFlight
+from serve_apps.work_in_flight import RequestWork, WorkInFlight
 
 Features = NDArray[np.float16]
 _log = logging.getLogger(__name__)
@@ -39,7 +42,7 @@ class ClipDeployment:
         FeatureStoreError: the feature store cannot be reached, which ends it too.
     """
 
-    def __init__(self, bundle: Path, config: ClipConfig):
+    def __init__(self, bundle: Path, config: ClipConfig, observability: ObservabilityConfig = ObservabilityConfig()):
         import torch
 
         torch.set_num_threads(config.n_threads)
@@ -52,11 +55,16 @@ class ClipDeployment:
         # Two at a time bounds the memory of decoded pixels, whatever a request holds.
         self._decoding = ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode-image")
         self._work = WorkInFlight("vision", "images")
+        self._tracer = start_tracing(observability, "vision")
+        self._seen, self._batches = counter("mmllm_images"), histogram("mmllm_clip_batch_images")
         self._encode_batch.set_max_batch_size(config.max_batch_size)
         self._encode_batch.set_batch_wait_timeout_s(config.batch_wait_s)
 
-    async def encode(self, images: Sequence[Upload]) -> Features:
+    async def encode(self, images: Sequence[Upload], traceparent: str = "") -> Features:
         """Features of one request's images, in their order.
+
+        Args:
+            traceparent: below which this is traced.
 
         Returns:
             float16 (n_images, n_patches, d_vision), contiguous.
@@ -64,21 +72,24 @@ class ClipDeployment:
         Raises:
             ImageError: an image cannot be used; it names the field.
         """
-        with self._work.request(len(images)):
-            return np.stack(await asyncio.gather(*(self._features(image) for image in images)))
+        with self._work.request(len(images)) as work, Trace(self._tracer, traceparent).span("vision") as (span, _):
+            span.set_attribute("mmllm.images", len(images))
+            return np.stack(await asyncio.gather(*(self._features(image, work) for image in images)))
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for the images that wait or are encoded."""
         return self._work.stats()
 
-    async def _features(self, upload: Upload) -> Features:
+    async def _features(self, upload: Upload, work: RequestWork) -> Features:
         loop = asyncio.get_running_loop()
         key, image = await loop.run_in_executor(self._decoding, self._identify, upload)
-        found = self._cache.get(key)
+        self._work.begin(work)
+        tier, found = "memory", self._cache.get(key)
         if found is None and self._stored is not None:
-            found = await self._stored.get(key)
+            tier, found = "store", await self._stored.get(key)
         if found is None:
-            found = await self._encode_batch(image)
+            tier, found = "computed", await self._encode_batch(image)
+        self._seen.inc(1, {"tier": tier})
         self._cache.put(key, found)
         return found
 
@@ -88,6 +99,7 @@ class ClipDeployment:
 
     @serve.batch
     async def _encode_batch(self, images: list[Image.Image]) -> list[Features]:
+        self._batches.observe(len(images))
         features = await asyncio.to_thread(self._encoder.encode, images)  # (b, n_patches, d_vision)
         return [row.copy() for row in features]  # a view would keep its whole batch in memory
 

@@ -21,6 +21,7 @@ from serve_apps.autoscaling_config import (
     VisionAutoscaling,
     WorkAutoscaling,
 )
+from serve_apps.observability_config import ObservabilityConfig
 
 
 class ActorOptions(StrictModel):
@@ -248,6 +249,7 @@ class ServeConfig(StrictModel):
     name: str
     http: HttpConfig = HttpConfig()
     access: AccessConfig = AccessConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     ui: bool = True
     """Whether the chat page is served at `/`; where keys are asked for, it asks for one too."""
     limits: Limits = Limits()

@@ -19,3 +19,5 @@ class Prompt:
     sampling: SamplingParams
     seconds: float | None = None
     """Until its time is up; clocks differ between machines."""
+    traceparent: str = ""
+    """Below which the answer is traced."""

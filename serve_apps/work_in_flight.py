@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray.serve.metrics import Gauge
+from serve_apps.metrics import gauge
 
 RECENT = 32
 """Requests that the mean work of a request is taken over."""
@@ -17,9 +17,13 @@ RECENT = 32
 
 @dataclass
 class RequestWork:
-    """Work of one request; `amount` is None until it is known and may grow after that."""
+    """Work of one request; `amount` is None until it is known and may grow after that.
+
+    It waits until `begun` is set.
+    """
 
     amount: float | None = None
+    begun: bool = False
 
 
 class WorkInFlight:
@@ -28,12 +32,12 @@ class WorkInFlight:
     def __init__(self, modality: str, unit: str):
         self._held: list[RequestWork] = []
         self._recent: deque[float] = deque(maxlen=RECENT)
-        self._gauge = Gauge(
-            "mmllm_work_in_flight",
-            "Work that a replica holds, waiting or running, in the unit that is named.",
-            ("modality", "unit"),
-        )
+        self._gauge = gauge("mmllm_work_in_flight")
         self._gauge.set_default_tags({"modality": modality, "unit": unit})
+        self._waiting, self._running = gauge("mmllm_waiting"), gauge("mmllm_running")
+        for shown in (self._waiting, self._running):
+            shown.set_default_tags({"modality": modality})
+        self._show()
 
     @contextmanager
     def request(self, amount: float | None = None) -> Iterator[RequestWork]:
@@ -48,6 +52,12 @@ class WorkInFlight:
             self._held = [other for other in self._held if other is not request]
             if request.amount is not None:
                 self._recent.append(request.amount)
+            self._show()
+
+    def begin(self, request: RequestWork) -> None:
+        """Say that a request waits no longer."""
+        if not request.begun:
+            request.begun = True
             self._show()
 
     def stats(self) -> dict[str, float]:
@@ -68,4 +78,7 @@ class WorkInFlight:
         return sum(request.amount or 0.0 for request in self._held)
 
     def _show(self) -> None:
+        begun = sum(request.begun for request in self._held)
         self._gauge.set(self._work())
+        self._waiting.set(len(self._held) - begun)
+        self._running.set(begun)
