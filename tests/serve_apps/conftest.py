@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,9 @@ class Service:
     model: str
     app_name: str
 
-    def client(self) -> openai.OpenAI:
+    def client(self, api_key: str = "none") -> openai.OpenAI:
         """A stock client that does not hide failures behind retries."""
-        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def body(self, content: Any, **fields: Any) -> dict[str, Any]:
         """A request body of one user message."""
@@ -75,7 +76,15 @@ class Service:
 @pytest.fixture(scope="module")
 def serve_port() -> Iterator[int]:
     """Ray and Serve of our own, whatever else runs on this machine."""
+    with ray_and_serve() as port:
+        yield port
+
+
+@contextmanager
+def ray_and_serve(host: str = "127.0.0.1") -> Iterator[int]:
+    """Ray and Serve of our own for the block; the port on which HTTP is served at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
     import ray
     from ray import serve
 
@@ -88,16 +97,18 @@ def serve_port() -> Iterator[int]:
         include_dashboard=False,
         log_to_driver=False,
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield port
-    serve.shutdown()
-    ray.shutdown()
+    serve.start(http_options={"host": host, "port": port})
+    try:
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
 def service(bundle: Bundle, serve_port: int) -> Service:
     """The embedded config, chat page included, with a small limit on bodies."""
-    return _deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
+    return deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +122,7 @@ def hasty_service(bundle: Bundle, serve_port: int) -> Service:
         "phi.max_ongoing_requests": 1,
         "phi.max_queued_requests": 1,
     }
-    return _deploy(bundle, "hasty", "/hasty", overrides)
+    return deploy(bundle, "hasty", "/hasty", overrides)
 
 
 def image_uri(colour: str = "red", size: tuple[int, int] = (64, 64), kind: str = "png") -> str:
@@ -161,7 +172,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+    """Deploy the embedded config with `overrides`."""
     from ray import serve
 
     from serve_apps.builder import build, load_serve_config
