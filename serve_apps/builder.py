@@ -55,8 +55,6 @@ def build(config: ServeConfig, bundle: Path) -> "Application":
 
     def deployment(cls: type, name: str, part: DeploymentConfig) -> "Deployment":
         logs = logging_config(config.observability)
-        # The ingress tells of a request itself, and better.
-        logs.enable_access_log = name != INGRESS
         return serve.deployment(cls, name=name, logging_config=logs, **serving_options(part, drain_s))
 
     clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip, config.observability)
@@ -94,8 +92,11 @@ def load_serve_config(name_or_path: str, overrides: dict[str, Any] | None = None
 
 
 def logging_config(config: ObservabilityConfig) -> LoggingConfig:
-    """How Serve's processes log; Serve adds the request's id to what is logged for it, whichever replica does."""
-    return LoggingConfig(encoding=config.logs.upper(), log_level=config.log_level.upper())
+    """How Serve's processes log; Serve adds the request's id to what is logged for it, whichever replica does.
+
+    Its own line a request is left out: every part of the assistant writes one that says more.
+    """
+    return LoggingConfig(encoding=config.logs.upper(), log_level=config.log_level.upper(), enable_access_log=False)
 
 
 def serving_options(config: DeploymentConfig, drain_s: float) -> dict[str, Any]:

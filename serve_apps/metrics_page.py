@@ -1,7 +1,7 @@
 """`/metrics`: what every node of the cluster exports of this service, as one page for Prometheus.
 
 In: the metrics port of each node, where Ray gathers what replicas count. Out: the exposition text of `ray_mmllm_*` and
-of the few metrics of Serve's own that tell of replicas and queues. What a replica counted is there after Ray's report
+of the few metrics of Serve's own that tell of queues. What a replica counted is there after Ray's report
 interval, ten seconds by default. Where Prometheus scrapes the nodes itself, this page is not needed: names and labels
 are the same. Does not know what the metrics mean.
 """
@@ -19,7 +19,6 @@ from prometheus_client.parser import text_string_to_metric_families
 _log = logging.getLogger("ray.serve")
 
 SERVE_METRICS = (
-    "ray_serve_deployment_replica_healthy",
     "ray_serve_deployment_queued_queries",
     "ray_serve_replica_processing_queries",
     "ray_serve_num_ongoing_requests_at_replicas",

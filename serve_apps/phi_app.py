@@ -51,6 +51,7 @@ class PhiDeployment:
         with ThreadPoolExecutor(1) as starting:  # its team of threads ends with it: the engine's shall be the only one
             self._model, self._engine = starting.submit(start_engine, opened, config).result()
         torch.set_num_threads(1)  # of the threads that embed prompts
+        self._kv_use.set(0.0)
         self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
 
     async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:

@@ -94,7 +94,9 @@ class Recorded:
         self._tracer = start_tracing(config, "ingress")
         self._open = 0
         self._requests, self._cancelled = counter("mmllm_requests"), counter("mmllm_requests_cancelled")
-        self._held = gauge("mmllm_requests_open")
+        self._held, self._replica = gauge("mmllm_requests_open"), gauge("mmllm_replicas", modality="ingress")
+        self._held.set(0)
+        self._replica.set(1)
         self._seconds, self._ttft = histogram("mmllm_request_seconds"), histogram("mmllm_ttft_seconds")
         self._gaps = histogram("mmllm_inter_token_seconds")
         self._tokens = {

@@ -34,7 +34,8 @@ class WhisperDeployment:
         self._transcriber = Transcriber(audio, opened.weights(audio.source), config.device, config.n_threads)
         self._work = WorkInFlight("audio", "seconds")
         self._tracer = start_tracing(observability, "audio")
-        self._heard, self._factor = counter("mmllm_audio_seconds"), histogram("mmllm_audio_real_time_factor")
+        self._heard, self._took = counter("mmllm_audio_seconds"), counter("mmllm_audio_compute_seconds")
+        self._factor = histogram("mmllm_audio_real_time_factor")
         self._decoding = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode-audio")
         self._hearing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="transcribe")
 
@@ -64,6 +65,7 @@ class WhisperDeployment:
             span.set_attribute("mmllm.audio_seconds", request.amount)
             if request.amount:
                 self._heard.inc(request.amount)
+                self._took.inc(seconds)
                 self._factor.observe(seconds / request.amount)
             return transcript
 
