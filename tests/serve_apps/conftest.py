@@ -88,6 +88,9 @@ def ray_and_serve(host: str = "127.0.0.1") -> Iterator[int]:
     import ray
     from ray import serve
 
+    from serve_apps.proxy import PROXY_ENVIRONMENT
+
+    os.environ.update(PROXY_ENVIRONMENT)
     port = free_port()
     ray.init(
         address="local",  # never somebody else's cluster
