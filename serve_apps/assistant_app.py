@@ -235,7 +235,13 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     parts_of_body = body.pop("$defs")
     content = {"application/json": {"schema": body}}
 
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": {"required": True, "content": content}})
+    answers: dict[int | str, Json] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+
+    @app.post(
+        "/v1/chat/completions",
+        responses=answers,
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation of text, images and speech."""
         return await assistant.chat(request)

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from serve_apps.access import OPEN_PATHS
 from serve_apps.openai_replies import Failure, Json, error_response, to_failure
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -105,11 +106,13 @@ def describe(app: FastAPI, schemas: Json) -> None:
         }
         for status, text in _ERRORS.items()
     }
+    described["paths"]["/readyz"]["get"]["responses"]["503"] = {"description": "A part does not answer."}
     for path, operations in described["paths"].items():
         for operation in operations.values():
             responses = operation.setdefault("responses", {})
             responses.pop("422", None)  # FastAPI's own, which is never sent
-            if path in ("/healthz", "/readyz"):
+            if path in OPEN_PATHS:
+                responses.setdefault("431", of_errors["431"])
                 continue
             operation["security"] = [{"ApiKey": []}, {}]  # none where the service has no keys
             for status, response in of_errors.items():

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import httpx
 import ray
 from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client.parser import text_string_to_metric_families
 
 _log = logging.getLogger("ray.serve")
@@ -104,7 +105,7 @@ def add_metrics_route(app: FastAPI) -> None:
     """Serve the page at `/metrics`, behind the door as all routes are."""
     page = MetricsPage()
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Show the service's metrics in Prometheus' text format."""
         return Response(await page.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -44,7 +44,7 @@ class Sifted:
 
 def sifted(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     """Headers as the ingress shall see them; a request id that nobody should log is cleaned, or left out."""
-    kept = []
+    kept: list[tuple[bytes, bytes]] = []
     for name, value in headers:
         if not name.isascii() or _OF_SERVE.fullmatch(name.lower()):
             continue

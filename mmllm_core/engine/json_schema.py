@@ -26,20 +26,18 @@ def require_answerable(schema: str) -> None:
     try:
         root = json.loads(schema)
     except (ValueError, RecursionError):
-        raise SchemaError(f"'{_FIELD}': the schema is not valid JSON", _FIELD) from None
+        raise _refused("the schema is not valid JSON") from None
     depth, properties = _extent(root)
     if depth > MAX_DEPTH:
-        raise SchemaError(f"'{_FIELD}': the schema is nested more than {MAX_DEPTH} deep", _FIELD)
+        raise _refused(f"the schema is nested more than {MAX_DEPTH} deep")
     if properties > MAX_PROPERTIES:
-        raise SchemaError(
-            f"'{_FIELD}': the schema has {properties} properties, and at most {MAX_PROPERTIES} are allowed", _FIELD
-        )
+        raise _refused(f"the schema has {properties} properties, and at most {MAX_PROPERTIES} are allowed")
     try:
         is_finite = _Finite(root).has_answer()
     except RecursionError:
-        raise SchemaError(f"'{_FIELD}': the schema's parts refer to each other in too long a row", _FIELD) from None
+        raise _refused("the schema's parts refer to each other in too long a row") from None
     if not is_finite:
-        raise SchemaError(f"'{_FIELD}': the schema needs itself within itself: no answer would ever be whole", _FIELD)
+        raise _refused("the schema needs itself within itself: no answer would ever be whole")
 
 
 def _extent(root: Any) -> tuple[int, int]:
@@ -105,12 +103,12 @@ class _Finite:
 
     def _target(self, reference: Any) -> Any:
         if not isinstance(reference, str) or (reference != "#" and not reference.startswith("#/")):
-            raise SchemaError(f"'{_FIELD}': a schema may refer to its own parts alone: '#/$defs/...'", _FIELD)
+            raise _refused("a schema may refer to its own parts alone: '#/$defs/...'")
         value = self._root
         for step in reference.split("/")[1:]:
             name = step.replace("~1", "/").replace("~0", "~")
             if not isinstance(value, dict) or name not in value:
-                raise SchemaError(f"'{_FIELD}': the schema refers to a part that it does not have", _FIELD)
+                raise _refused("the schema refers to a part that it does not have")
             value = value[name]
         return value
 
@@ -121,3 +119,7 @@ def _list(value: Any) -> list[Any]:
 
 def _is_key(name: Any, properties: dict[str, Any]) -> bool:
     return isinstance(name, str) and name in properties
+
+
+def _refused(reason: str) -> SchemaError:
+    return SchemaError(f"'{_FIELD}': not a JSON schema that answers can keep to: {reason}", _FIELD)
