@@ -19,6 +19,7 @@ from cluster.local import Verbose, quieten
 from cluster.plan_command import plan
 from cluster.report_command import report
 from cluster.spoken_command import evaluate_spoken
+from cluster.top_command import top
 from cluster.train_command import train
 from mmllm_core.errors import MmllmError
 
@@ -34,6 +35,7 @@ app.command()(evaluate_spoken)
 app.command()(export)
 app.command()(plan)
 app.command()(report)
+app.command()(top)
 app.command()(train)
 app.add_typer(features_app, name="features")
 app.add_typer(keys_app, name="keys")

@@ -265,3 +265,17 @@ def test_a_trace_goes_through_every_part_below_the_callers(watched: Watched) -> 
     assert parts["perceive"] == "mmllm-ingress"
     assert spans["vision"][1].start_time_unix_nano < spans["audio"][1].end_time_unix_nano
     assert SECRET not in str(watched.collector.spans)
+
+
+def test_top_prints_a_frame_of_it(watched: Watched) -> None:
+    from typer.testing import CliRunner
+
+    from cluster.cli import app
+
+    key = watched.headers["authorization"][7:]
+    base = ["top", "--once", "--every", "0.2", "--base-url", watched.service.base_url]
+    ran = CliRunner().invoke(app, [*base, "--api-key", key])
+    assert ran.exit_code == 0, ran.output
+    rows = {line.split()[0]: line.split()[1] for line in ran.output.splitlines() if line.strip()}
+    assert [rows[modality] for modality in ("text", "vision", "audio")] == ["1", "1", "1"]
+    assert CliRunner().invoke(app, [*base, "--api-key", "wrong"]).exit_code != 0
