@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import StrictModel, load_config
@@ -16,7 +16,7 @@ from mmllm_core.errors import ConfigError
 from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
-from serve_apps.config import DeploymentConfig, ServeConfig
+from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
 from serve_apps.whisper_app import WhisperDeployment
@@ -99,7 +99,17 @@ def serving_options(config: DeploymentConfig, drain_s: float) -> dict[str, Any]:
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": drain_s,
         "ray_actor_options": config.ray_actor_options.model_dump(),
-    } | _scaling(config)
+    } | (_scaling(config) | _routing(config))
+
+
+def _routing(config: DeploymentConfig) -> dict[str, Any]:
+    if not isinstance(config, PhiConfig) or config.routing != "prefix":
+        return {}
+    router = RequestRouterConfig(
+        request_router_class="serve_apps.prefix_router.PrefixRouter",
+        request_router_kwargs={"imbalance": config.routing_imbalance},
+    )
+    return {"request_router_config": router}
 
 
 def _scaling(config: DeploymentConfig) -> dict[str, Any]:

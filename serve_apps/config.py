@@ -158,6 +158,12 @@ class PhiConfig(ModelDeploymentConfig):
     """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)
     """Text that comes within it travels together; the first piece never waits."""
+    routing: Literal["prefix", "requests"] = "prefix"
+    """Which replica is asked: the one that has computed most of what the conversation begins with, or the less busy of
+    two."""
+    routing_imbalance: int = Field(default=8, ge=0)
+    """By how many requests the replica that has computed a conversation's beginning may be busier than the least busy
+    one before it is passed over."""
 
     @model_validator(mode="after")
     def _settings_are_of_the_engine(self) -> "PhiConfig":
