@@ -87,6 +87,10 @@ class Assistant:
             mount_chat_page(app, self._config.http.base_url, self._model)
         return app
 
+    def config(self) -> ServeConfig:
+        """What this service was built by."""
+        return self._config
+
     def models(self) -> list[Json]:
         """The models that can be asked for."""
         return [{"id": self._model, "object": "model", "created": self._started, "owned_by": "mmllm"}]

@@ -4,12 +4,15 @@ Knows which class each deployment runs and under which name. Does not start Ray 
 the bundle is opened only to be verified and for its name.
 """
 
+import json
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
+import mmllm_core
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import StrictModel, load_config
 from mmllm_core.errors import ConfigError
@@ -19,6 +22,7 @@ from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
+from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of
 from serve_apps.whisper_app import WhisperDeployment
 
 if TYPE_CHECKING:
@@ -36,11 +40,15 @@ class ServeArgs(StrictModel):
     bundle: Path
 
 
-def build(config: ServeConfig, bundle: Path) -> "Application":
+def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Application":
     """Compose the deployments.
+
+    What is built of an equal config and of bundles with an equal base can take each other's place while it runs: Serve
+    lets the LM's replicas change bundles (`PhiDeployment.reconfigure`) and restarts none.
 
     Args:
         bundle: folder of a bundle that every replica can read under this path.
+        model: the name that it is asked for by; its own if None.
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered.
@@ -49,16 +57,36 @@ def build(config: ServeConfig, bundle: Path) -> "Application":
     opened = Bundle.open(bundle)
     require_servable(opened, config.phi)
     folder = opened.folder.absolute()
+    name = model or opened.info.name
+    bundles = {name: ServedBundle.of(opened)}
     drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
+    base = version_of(config, opened, list(bundles))
 
-    def deployment(cls: type, name: str, part: DeploymentConfig) -> "Deployment":
-        return serve.deployment(cls, name=name, **serving_options(part, drain_s))
+    def deployment(cls: type, name: str, part: DeploymentConfig, **more: Any) -> "Deployment":
+        options = serving_options(part, drain_s) | more
+        # Serve's own versions are new ones whenever something is deployed, and replicas of another version restart.
+        return serve.deployment(cls, name=name, **options).options(version=base, _internal=True)
 
     clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip)
     whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper)
-    phi = deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi)
+    wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
+    phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    return ingress.bind(clip, whisper, phi, opened.info.name, config)
+    return ingress.bind(clip, whisper, phi, name, config)
+
+
+def version_of(config: ServeConfig, bundle: Bundle, models: list[str]) -> str:
+    """What must be equal for running replicas to stay: code, config, model names, and all of a bundle but its training.
+
+    Two services of one version differ in the bundles' connectors and adapters alone.
+    """
+    digest = blake2b(digest_size=16)
+    for folder in (Path(__file__).parent, Path(mmllm_core.__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    told = [config.model_dump(mode="json"), models, base_of(bundle)]
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def app(args: ServeArgs) -> "Application":

@@ -1,10 +1,11 @@
 """What it gains that a conversation's turns go to the replica that computed the earlier ones.
 
-    python -m tests.bench.prefix_routing [--conversations 8] [--turns 4]
+    python -m tests.bench.prefix_routing [--conversations 4] [--turns 4] [--rounds 4]
 
-Two replicas of SmolLM2-135M-Instruct, each with a thread, on real Ray Serve; conversations of several turns run at the
-same time, first with `phi.routing: requests`, then with `prefix`. Out: JSON with, of each router, the share of prompt
-tokens that were computed before, the time to the first token of the turns after the first, and their ratio.
+Two replicas of SmolLM2-135M-Instruct, each with a thread, on real Ray Serve, once with `phi.routing: requests` and once
+with `prefix`. Conversations run at the same time, each about a text of some 900 tokens that comes with its first turn;
+both services are asked in turns. Out: JSON with, of each router, the share of prompt tokens that were computed before,
+the time to the first token of the turns after the first, and their ratio.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import openai
+
 from mmllm_core.bundle import Bundle, save_bundle
 from mmllm_core.config import PathSource
 from mmllm_core.connectors import LmShape, build_connector
@@ -27,8 +30,10 @@ from mmllm_core.models.resolve import resolve
 from tests.serve_apps.conftest import build_tiny_bundle, deploy, own_serve
 
 SAID = "Tell me of rivers: where they rise, why they bend, and what lives in them and on their banks. "
-ANSWER = 24
+ANSWER = 16
 """Tokens of an answer."""
+Routing = Literal["requests", "prefix"]
+ROUTINGS: tuple[Routing, ...] = ("requests", "prefix")
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,8 @@ def build_bundle(folder: Path) -> Bundle:
     return save_bundle(info, connector, tiny.tokenizer, vision_weights=tiny.weights(tiny.profile.vision.source))
 
 
-def measure(
-    bundle: Bundle, port: int, routing: Literal["prefix", "requests"], conversations: int, turns: int
-) -> list[Turn]:
-    """Deploy with one router, hold the conversations and end the deployment."""
-    from ray import serve
-
+def start(bundle: Bundle, port: int, routing: Routing) -> openai.OpenAI:
+    """Deploy two LM replicas with one router; the client of the service."""
     overrides = {
         "http.port": port,
         "ui": False,
@@ -71,17 +72,23 @@ def measure(
         "phi.kv_cache_bytes": 500_000_000,
         "phi.routing": routing,
     }
-    client = deploy(bundle, routing, f"/{routing}", overrides).client()
+    return deploy(bundle, routing, f"/{routing}", overrides).client()
+
+
+def hold(client: openai.OpenAI, model: str, first: int, conversations: int, turns: int) -> list[Turn]:
+    """Hold conversations at the same time, numbered from `first`, each of which begins with a text of its own."""
     found: list[Turn] = []
     lock = threading.Lock()
 
     def converse(number: int) -> None:
         messages: list[Any] = [{"role": "system", "content": "You answer briefly and kindly."}]
         for turn in range(turns):
-            messages.append({"role": "user", "content": f"Conversation {number}, turn {turn}. " + SAID * 4})
+            messages.append(
+                {"role": "user", "content": f"Conversation {number}, turn {turn}. " + SAID * (40 if turn == 0 else 1)}
+            )
             begin, first, text, usage = time.monotonic(), 0.0, "", None
             for chunk in client.chat.completions.create(
-                model=bundle.info.name,
+                model=model,
                 messages=messages,
                 max_tokens=ANSWER,
                 stream=True,
@@ -98,11 +105,8 @@ def measure(
                 found.append(Turn(turn, first, usage.prompt_tokens, cached or 0))
             messages.append({"role": "assistant", "content": text.strip() or "..."})
 
-    try:
-        with ThreadPoolExecutor(conversations) as pool:
-            list(pool.map(converse, range(conversations)))
-    finally:
-        serve.delete(routing)
+    with ThreadPoolExecutor(conversations) as pool:
+        list(pool.map(converse, range(first, first + conversations)))
     return found
 
 
@@ -122,15 +126,21 @@ def summary(turns: list[Turn]) -> dict[str, float]:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conversations", type=int, default=8)
+    parser.add_argument("--conversations", type=int, default=4, help="at a time")
     parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         bundle = build_bundle(Path(folder))
         with own_serve() as port:
-            requests = summary(measure(bundle, port, "requests", arguments.conversations, arguments.turns))
-            prefix = summary(measure(bundle, port, "prefix", arguments.conversations, arguments.turns))
+            clients = {routing: start(bundle, port, routing) for routing in ROUTINGS}
+            found: dict[Routing, list[Turn]] = {routing: [] for routing in ROUTINGS}
+            for i in range(arguments.rounds):  # in turns, so that what else runs here slows both
+                for routing, client in clients.items():
+                    first = i * arguments.conversations
+                    found[routing] += hold(client, bundle.info.name, first, arguments.conversations, arguments.turns)
+    requests, prefix = (summary(found[routing]) for routing in ROUTINGS)
     ratio = {key: requests[key] / prefix[key] for key in ("computed_tokens", "first_token_p50_s", "first_token_p95_s")}
     print(json.dumps({"requests": requests, "prefix": prefix, "requests_over_prefix": ratio}, indent=2))
 
