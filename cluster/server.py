@@ -125,6 +125,8 @@ def reload_bundle(bundle: Bundle, model: str | None = None) -> str:
         raise MmllmError(f"model '{model}' is not served: choose one of {', '.join(served)}")
     require_same_base(served[first].open(), bundle)
     wanted = served | {model: ServedBundle.of(bundle)}
+    adapters = {name: served_bundle.folder for name, served_bundle in wanted.items() if name != first}
+    config = config.model_copy(update={"phi": config.phi.model_copy(update={"adapters": adapters})})
     serve.run(build(config, wanted[first].folder, first), name=APP_NAME, route_prefix="/")
     if any(found[model] != wanted[model] for found in replicas.broadcast("served").results()):
         raise MmllmError(

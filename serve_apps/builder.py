@@ -22,7 +22,7 @@ from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
-from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of
+from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_same_base
 from serve_apps.whisper_app import WhisperDeployment
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
         model: the name that it is asked for by; its own if None.
 
     Raises:
-        BundleError: the bundle is missing, incomplete or altered.
+        BundleError: a bundle is missing, incomplete or altered, or one of `phi.adapters` has another base.
         ConfigError: it is not for the engine that the config names.
     """
     opened = Bundle.open(bundle)
     require_servable(opened, config.phi)
     folder = opened.folder.absolute()
     name = model or opened.info.name
-    bundles = {name: ServedBundle.of(opened)}
+    bundles = {name: ServedBundle.of(opened)} | _adapters(config.phi, opened, name)
     drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
     base = version_of(config, opened, list(bundles))
 
@@ -72,7 +72,20 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
     phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    return ingress.bind(clip, whisper, phi, name, config)
+    return ingress.bind(clip, whisper, phi, list(bundles), config)
+
+
+def _adapters(config: PhiConfig, first: Bundle, name: str) -> dict[str, ServedBundle]:
+    """The further bundles of a config, by model name; all that is known against them is said here."""
+    found = {}
+    for other, folder in config.adapters.items():
+        if other == name:
+            raise ConfigError(f"phi.adapters: '{other}' is the name of the first bundle: give it another")
+        opened = Bundle.open(folder)
+        require_same_base(first, opened)
+        require_servable(opened, config)
+        found[other] = ServedBundle.of(opened)
+    return found
 
 
 def version_of(config: ServeConfig, bundle: Bundle, models: list[str]) -> str:
@@ -84,7 +97,7 @@ def version_of(config: ServeConfig, bundle: Bundle, models: list[str]) -> str:
     for folder in (Path(__file__).parent, Path(mmllm_core.__file__).parent):
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.read_bytes())
-    told = [config.model_dump(mode="json"), models, base_of(bundle)]
+    told = [config.model_dump(mode="json", exclude={"phi": {"adapters"}}), models, base_of(bundle)]
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

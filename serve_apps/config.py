@@ -5,11 +5,12 @@ application.
 """
 
 import os
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mmllm_core.config import StrictModel, VllmConfig
+from mmllm_core.config import Name, StrictModel, VllmConfig
 from mmllm_core.data.feature_location import absolute_location
 from serve_apps.autoscaling_config import (
     AudioAutoscaling,
@@ -154,6 +155,12 @@ class PhiConfig(ModelDeploymentConfig):
     """Whether the LM is dequantized and its adapter merged as a replica starts. It answers sooner then, and takes two
     or four bytes a weight, by the dtype that it is computed in. vLLM always dequantizes, and otherwise applies the
     adapter as it computes."""
+    adapters: dict[Name, Annotated[Path, AfterValidator(Path.absolute)]] = Field(default_factory=dict)
+    """Folders of further bundles, by the model name that they are asked for by. They share the base LM and all else of
+    the bundle that is served, and have their own adapters and connectors. No adapter is merged then, the first bundle's
+    neither, so that requests for any of them are computed together; `merged` dequantizes the LM alone."""
+    adapters_in_memory: int = Field(default=8, gt=0)
+    """Bundles, the first included, whose adapters a replica holds; the one unused longest makes room for another."""
     step_tokens: int = Field(default=256, gt=0)
     """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)

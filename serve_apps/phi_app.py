@@ -125,6 +125,8 @@ class PhiDeployment:
             prompt.sampling,
             voice.model.media(input_ids, features),
             content=content_of(rendered.input_ids, prompt.features, voice.n_image_tokens),
+            adapter=voice.adapter,
+            namespace=voice.namespace,
         )
 
 

@@ -58,7 +58,8 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Take Serve's `request_router_kwargs`.
 
         Args:
-            imbalance: by how many requests the replica that holds a prefix may be busier than the least busy one.
+            imbalance: by how many requests the replica that holds a prefix, or a model, may be busier than the least
+                busy one.
             remembered: blocks that are remembered of each replica, at about 100 bytes each.
         """
         self._imbalance = imbalance
@@ -76,14 +77,13 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
             ids = self.apply_multiplex_routing(pending_request)
         else:
             ids = self.apply_locality_routing(pending_request)
-        candidates = [self._replicas[id] for id in ids if id in self._replicas]
-        pair = _two_of(candidates, prompt.prefix)
-        holders = self._holders(candidates, prompt.prefix)
-        if holders and len(candidates) > 1:
-            busy = await self._busy(candidates)
-            least = min(busy.values(), default=0)
-            holders = [r for r in holders if busy.get(r.replica_id, least) - least <= self._imbalance]
-        return [rank for rank in (holders, pair) if rank]
+        everyone = list(self._replicas.values())
+        busy = await self._busy(everyone) if len(everyone) > 1 else {}
+        most = min(busy.values(), default=0) + self._imbalance
+        free = [replica for replica in everyone if busy.get(replica.replica_id, most) <= most]
+        candidates = [replica for replica in free if replica.replica_id in ids] or free
+        ranks = self._holders(candidates, prompt.prefix), _two_of(candidates, prompt.prefix)
+        return [rank for rank in ranks if rank]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """Remember where a prompt went."""

@@ -35,6 +35,8 @@ class Prompt:
     sampling: SamplingParams
     seconds: float | None = None
     """Until its time is up; clocks differ between machines."""
+    model: str = ""
+    """Who is asked, where several answer."""
 
     @cached_property
     def prefix(self) -> Prefix:
@@ -45,7 +47,7 @@ class Prompt:
         features = iter(() if self.features is None else self.features)
         names: list[bytes] = []
         n_system = 0
-        before = b""
+        before = self.model.encode()
         for message in self.messages:
             for piece in _pieces(message, features):
                 before = xxh3_128_digest(before + piece)

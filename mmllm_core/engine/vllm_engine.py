@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ from mmllm_core.errors import ConfigError, DeadlineError, EngineError, first_lin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from mmllm_core.engine.lora import LoraAdapter
 
 _QUANTIZATION = {None: None, "nf4": "bitsandbytes", "awq": "awq", "fp8": "fp8"}
 
@@ -62,6 +65,8 @@ class VllmEngine:
         config: of vLLM.
         device: `cpu` or `cuda`.
         adapter: folder of a LoRA adapter, in peft's format, that is applied as vLLM computes.
+        lora_rank: the largest rank of adapters that requests may have of their own; None if they have none.
+        max_adapters: of those, how many are held at a time.
         kv_cache_bytes: memory for keys and values on a CPU; on GPUs it is what `config` leaves.
         max_sequences: that run at a time.
         step_tokens: positions of a step.
@@ -83,6 +88,8 @@ class VllmEngine:
         config: VllmConfig,
         device: str = "cpu",
         adapter: Path | None = None,
+        lora_rank: int | None = None,
+        max_adapters: int = 8,
         kv_cache_bytes: int = 1_000_000_000,
         max_sequences: int = 64,
         step_tokens: int = 256,
@@ -120,6 +127,11 @@ class VllmEngine:
 
             self._adapter = LoRARequest(adapter.name, 1, str(adapter))
             settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(adapter)}
+        self._lora_requests: WeakKeyDictionary[LoraAdapter, Any] = WeakKeyDictionary()
+        self._n_adapters = 0
+        self._takes_adapters = lora_rank is not None
+        if lora_rank is not None:
+            settings |= {"enable_lora": True, "max_lora_rank": _known_rank(lora_rank), "max_loras": max_adapters}
         try:
             with tempfile.TemporaryDirectory(prefix="mmllm-tokenizer-") as scratch:
                 tokenizer.save_pretrained(scratch)  # vLLM reads it as it starts, with the LM's config beside it
@@ -134,6 +146,8 @@ class VllmEngine:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
         """As `Engine.generate`."""
         self.health()
+        if request.adapter is not None and not self._takes_adapters:
+            raise EngineError(f"request {request.id} has an adapter, and the engine was started without them")
         limit = positions(request, self._context_length, self._context_length)
         if request.sampling.json_schema is not None:  # vLLM compiles it again; here it is refused by our own error
             await asyncio.to_thread(self._grammars.compile, request.sampling.json_schema)
@@ -247,6 +261,19 @@ class VllmEngine:
                 raise EngineError("the prompt's embeddings are not finite")
             return found
 
+    def _lora(self, request: EngineRequest) -> Any:
+        """vLLM's words for a request's adapter; each has a number of its own."""
+        if request.adapter is None:
+            return self._adapter
+        if request.adapter not in self._lora_requests:
+            from vllm.lora.request import LoRARequest
+
+            number = self._n_adapters = self._n_adapters + 1
+            self._lora_requests[request.adapter] = LoRARequest(
+                f"{request.adapter.name}-{number}", number, str(request.adapter.folder)
+            )
+        return self._lora_requests[request.adapter]
+
     async def _answer(self, sequence: Sequence, prompt: dict[str, Any]) -> None:
         call = sequence.call
         request = call.request
@@ -254,7 +281,9 @@ class VllmEngine:
         try:
             params = sampling_of(request.sampling, sequence.index, room, self._stop_ids)
             async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic())):
-                outputs = self._llm.generate(prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapter)
+                outputs = self._llm.generate(
+                    prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._lora(request)
+                )
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
                         for chunk in taken(sequence, output.outputs[0]):
@@ -289,6 +318,9 @@ def _say_aborted(sequence: Sequence, work: "Future[None]") -> None:
 
 
 def _lora_rank(adapter: Path) -> int:
-    rank: int = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    return _known_rank(json.loads((adapter / "adapter_config.json").read_text())["r"])
+
+
+def _known_rank(rank: int) -> int:
     # vLLM knows these alone
     return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)
