@@ -96,10 +96,12 @@ class Voices:
         self._engines = [self._only.voice.engine]
 
         async def load(model: str) -> _Held:
-            if model == self._first:
-                held = self._only
-            else:
-                held = _Held(await asyncio.to_thread(self._start, self._bundles[model]))
+            held = self._only
+            if model != self._first:
+                bundle = None
+                while bundle != self._bundles[model]:  # it may change meanwhile
+                    bundle = self._bundles[model]
+                    held = _Held(await asyncio.to_thread(self._start, bundle))
             self._held[model] = held
             return held
 

@@ -7,39 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cluster.server import reload_bundle
-from mmllm_core.bundle import Bundle, save_bundle
-from mmllm_core.config import LoraConfig
-from mmllm_core.connectors import LmShape, build_connector
+from mmllm_core.bundle import Bundle
 from mmllm_core.conversation import Message
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import BundleError, EngineError, MmllmError
-from mmllm_core.language import add_adapter, load_language_model
 from serve_apps.builder import load_serve_config
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle, ServedBundles, require_same_base
+from tests.serve_apps.bundles import adapted
 from tests.serve_apps.conftest import Service, deploy, image_part, image_uri, text_part
 
 CONFIG = load_serve_config("embedded", {"phi.threads": 1, "phi.kv_cache_bytes": 60_000_000})
 PROMPT = Prompt("a", (Message.text("user", "Tell me all."),), None, SamplingParams(max_tokens=600))
-
-
-def adapted(bundle: Bundle, name: str, seed: int, rank: int = 4, **changes: Any) -> Bundle:
-    """A bundle of the same base, with a connector and an adapter of its own."""
-    lm = load_language_model(bundle.profile.language, bundle.weights(bundle.profile.language.source))
-    torch.manual_seed(seed)
-    adapter = add_adapter(lm, LoraConfig(rank=rank, **changes))
-    for key, weight in adapter.named_parameters():
-        if ".lora_B." in key:
-            torch.nn.init.normal_(weight, std=0.2)
-    shape = LmShape.of(lm.config)
-    connector = build_connector(bundle.profile.connector, bundle.info.d_vision, shape, output_std=0.2)
-    vision = bundle.weights(bundle.profile.vision.source)
-    info = bundle.info.model_copy(update={"name": name})
-    return save_bundle(info, connector, bundle.tokenizer, adapter=adapter, vision_weights=vision, make_latest=False)
 
 
 @pytest.fixture(scope="module")
