@@ -78,7 +78,8 @@ def test_another_bundle_answers_without_a_failed_request(
     after = {text: say(service, text) for text in ("Hello", "Who are you?")} | {"picture": say(service, PICTURE)}
     assert all(after[key] != before[key] for key in before)
     # All of an answer is by the one bundle or by the other.
-    assert set(heard) == {long_before, say(service, "Tell me all.", 1000)}
+    assert long_before in heard
+    assert set(heard) <= {long_before, say(service, "Tell me all.", 1000)}
     # The answers are those of the bundle when it is served alone.
     deploy(other, "alone", "/alone", {"ui": False, "phi.threads": 1, "phi.kv_cache_bytes": 60_000_000})
     alone = Service(service.base_url + "/alone", "other", "alone")
