@@ -82,7 +82,8 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         most = min(busy.values(), default=0) + self._imbalance
         free = [replica for replica in everyone if busy.get(replica.replica_id, most) <= most]
         candidates = [replica for replica in free if replica.replica_id in ids] or free
-        ranks = self._holders(candidates, prompt.prefix), _two_of(candidates, prompt.prefix)
+        # Where all of these are full, another may not be.
+        ranks = self._holders(candidates, prompt.prefix), _two_of(candidates, prompt.prefix), everyone
         return [rank for rank in ranks if rank]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:

@@ -8,7 +8,6 @@ and prefixes are not cached: vLLM mixes prompts up when some come as tokens or s
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,13 +30,12 @@ from mmllm_core.engine.call import Call, positions
 from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.sequence import Sequence
+from mmllm_core.engine.vllm_adapters import VllmAdapters
 from mmllm_core.engine.vllm_request import prompt_of, sampling_of, taken
 from mmllm_core.errors import ConfigError, DeadlineError, EngineError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from mmllm_core.engine.lora import LoraAdapter
 
 _QUANTIZATION = {None: None, "nf4": "bitsandbytes", "awq": "awq", "fp8": "fp8"}
 
@@ -121,17 +118,8 @@ class VllmEngine:
         }
         if device == "cpu":
             settings["kv_cache_memory_bytes"] = kv_cache_bytes
-        self._adapter: Any = None
-        if adapter is not None:
-            from vllm.lora.request import LoRARequest
-
-            self._adapter = LoRARequest(adapter.name, 1, str(adapter))
-            settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(adapter)}
-        self._lora_requests: WeakKeyDictionary[LoraAdapter, Any] = WeakKeyDictionary()
-        self._n_adapters = 0
-        self._takes_adapters = lora_rank is not None
-        if lora_rank is not None:
-            settings |= {"enable_lora": True, "max_lora_rank": _known_rank(lora_rank), "max_loras": max_adapters}
+        self._adapters = VllmAdapters(adapter, lora_rank, max_adapters)
+        settings |= self._adapters.settings
         try:
             with tempfile.TemporaryDirectory(prefix="mmllm-tokenizer-") as scratch:
                 tokenizer.save_pretrained(scratch)  # vLLM reads it as it starts, with the LM's config beside it
@@ -146,7 +134,7 @@ class VllmEngine:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
         """As `Engine.generate`."""
         self.health()
-        if request.adapter is not None and not self._takes_adapters:
+        if request.adapter is not None and not self._adapters.takes_own:
             raise EngineError(f"request {request.id} has an adapter, and the engine was started without them")
         limit = positions(request, self._context_length, self._context_length)
         if request.sampling.json_schema is not None:  # vLLM compiles it again; here it is refused by our own error
@@ -261,19 +249,6 @@ class VllmEngine:
                 raise EngineError("the prompt's embeddings are not finite")
             return found
 
-    def _lora(self, request: EngineRequest) -> Any:
-        """vLLM's words for a request's adapter; each has a number of its own."""
-        if request.adapter is None:
-            return self._adapter
-        if request.adapter not in self._lora_requests:
-            from vllm.lora.request import LoRARequest
-
-            number = self._n_adapters = self._n_adapters + 1
-            self._lora_requests[request.adapter] = LoRARequest(
-                f"{request.adapter.name}-{number}", number, str(request.adapter.folder)
-            )
-        return self._lora_requests[request.adapter]
-
     async def _answer(self, sequence: Sequence, prompt: dict[str, Any]) -> None:
         call = sequence.call
         request = call.request
@@ -282,7 +257,7 @@ class VllmEngine:
             params = sampling_of(request.sampling, sequence.index, room, self._stop_ids)
             async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic())):
                 outputs = self._llm.generate(
-                    prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._lora(request)
+                    prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapters.of(request)
                 )
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
@@ -315,12 +290,3 @@ def require_vllm(config: VllmConfig, device: str) -> None:
 def _say_aborted(sequence: Sequence, work: "Future[None]") -> None:
     if work.cancelled() and not sequence.finished:  # it may never have begun
         sequence.call.send(sequence.finish("abort"))
-
-
-def _lora_rank(adapter: Path) -> int:
-    return _known_rank(json.loads((adapter / "adapter_config.json").read_text())["r"])
-
-
-def _known_rank(rank: int) -> int:
-    # vLLM knows these alone
-    return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)

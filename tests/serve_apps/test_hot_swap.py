@@ -2,11 +2,15 @@
 
 import asyncio
 import concurrent.futures
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from cluster.server import reload_bundle
 from mmllm_core.bundle import Bundle
@@ -71,9 +75,12 @@ def test_another_bundle_answers_without_a_failed_request(
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(keep_streaming) for _ in range(3)]
-        assert reload_bundle(other) == "tiny"
+        command = [sys.executable, "-m", "cluster.cli", "reload", "--bundle", str(other.folder)]
+        address = ray.get_runtime_context().gcs_address
+        done = subprocess.run(command, env=os.environ | {"RAY_ADDRESS": address}, capture_output=True, text=True)
         ended.set()
         heard = [text for future in asking for text in future.result()]
+    assert "model tiny answers by bundle 'other'" in done.stdout, done.stderr
     assert failed == []
     after = {text: say(service, text) for text in ("Hello", "Who are you?")} | {"picture": say(service, PICTURE)}
     assert all(after[key] != before[key] for key in before)

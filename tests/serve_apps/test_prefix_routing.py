@@ -1,5 +1,6 @@
 """Conversations stay with the replica that has computed them, on real Serve with two replicas of the LM."""
 
+import asyncio
 import json
 import os
 import signal
@@ -14,17 +15,21 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
+from ray.serve.request_router import PendingRequest, ReplicaID
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.conversation import ImagePart, Message, TextPart
 from mmllm_core.engine.protocol import SamplingParams
-from serve_apps.prefix_router import Remembered
+from serve_apps.prefix_router import PrefixRouter, Remembered
 from serve_apps.prompt import BLOCK, Prompt
 from tests.serve_apps.conftest import Service, image_part, image_uri, text_part
 from tests.serve_apps.told_phi import NOTES, ToldPhi, answered_by
 
 SYSTEM = {"role": "system", "content": "You are an assistant that answers at length. " * 8}
 IMBALANCE = 1
+LOOP = asyncio.Runner()
+"""A router is of one loop."""
 
 
 def prompt(*messages: Message, features: "np.ndarray[Any, Any] | None" = None) -> Prompt:
@@ -61,14 +66,115 @@ def test_images_are_told_apart_by_what_is_seen() -> None:
 
 
 def test_memory_is_bounded_and_keeps_beginnings_longest() -> None:
-    known = Remembered(4)
-    known.add([b"a", b"ab", b"abc"])
-    known.add([b"x", b"xy"])
-    assert len(known) == 4
-    assert known.matched([b"a", b"ab", b"abc"]) == 2
-    assert known.matched([b"x", b"xy", b"xyz"]) == 2
-    known.add([bytes([i]) for i in range(100)])
-    assert len(known) == 4
+    computed = Remembered(4)
+    computed.add([b"a", b"ab", b"abc"])
+    computed.add([b"x", b"xy"])
+    assert len(computed) == 4
+    assert computed.matched([b"a", b"ab", b"abc"]) == 2
+    assert computed.matched([b"x", b"xy", b"xyz"]) == 2
+    computed.add([bytes([i]) for i in range(100)])
+    assert len(computed) == 4
+
+
+@dataclass(eq=False)
+class Replica:
+    """What a router sees of a replica that holds so many requests."""
+
+    replica_id: ReplicaID
+    busy: int = 0
+    max_ongoing_requests: int = 4
+    multiplexed_model_ids: frozenset[str] = frozenset()
+    node_id: str = "here"
+    availability_zone: str | None = None
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.busy
+
+
+def routed(router: PrefixRouter, asked: Prompt) -> ReplicaID:
+    """The replica that a request goes to; the router is told that it did."""
+    metadata = RequestMetadata(request_id="a", internal_request_id="a", call_method="generate")
+
+    async def choose() -> ReplicaID:
+        request = PendingRequest([asked], {}, metadata)
+        for rank in await router.choose_replicas(list(router.curr_replicas.values()), request):
+            if chosen := await router._select_from_candidate_replicas(rank, 0):
+                router.on_request_routed(request, chosen.replica_id, None)
+                found: ReplicaID = chosen.replica_id
+                return found
+        raise AssertionError("nobody takes it")
+
+    return LOOP.run(choose())
+
+
+def router_of(*replicas: Replica, **settings: int) -> PrefixRouter:
+    router = PrefixRouter(
+        deployment_id=DeploymentID("phi", "app"),
+        handle_source=DeploymentHandleSource.REPLICA,
+        use_replica_queue_len_cache=True,
+    )
+    router.initialize_state(**settings)
+    known(router, *replicas)
+    return router
+
+
+def known(router: PrefixRouter, *replicas: Replica) -> None:
+    """Tell a router which replicas there are, as Serve does."""
+
+    async def update() -> None:
+        router.update_replicas(list(replicas))
+        await asyncio.sleep(0)
+
+    LOOP.run(update())
+
+
+def replicas(n: int) -> list[Replica]:
+    return [Replica(ReplicaID(str(i), DeploymentID("phi", "app"))) for i in range(n)]
+
+
+def conversation(i: int, turns: int = 1) -> Prompt:
+    said = [Message.text("user" if j % 2 == 0 else "assistant", f"{i}: {j}") for j in range(2 * turns - 1)]
+    return prompt(Message.text("system", "Be brief."), *said)
+
+
+def test_a_conversation_goes_where_it_went_and_two_routers_choose_alike() -> None:
+    fleet = replicas(4)
+    one, two = router_of(*fleet), router_of(*fleet)
+    first = [routed(one, conversation(i)) for i in range(20)]
+    assert len(set(first)) == 4
+    assert [routed(one, conversation(i, 2)) for i in range(20)] == first
+    assert [routed(two, conversation(i, 2)) for i in range(20)] == first  # though it knows of none
+
+
+def test_a_full_holder_is_passed_over_whatever_the_imbalance() -> None:
+    fleet = replicas(3)
+    router = router_of(*fleet, imbalance=100)
+    holder = routed(router, conversation(0))
+    by_id = {replica.replica_id: replica for replica in fleet}
+
+    def fill(id: ReplicaID) -> None:
+        by_id[id].busy = 4
+        router.on_new_queue_len_info(id, 4)
+
+    fill(holder)
+    second = routed(router, conversation(0, 2))
+    assert second != holder
+    fill(second)
+    assert routed(router, conversation(0, 3)) not in (holder, second)
+
+
+def test_replicas_that_go_are_forgotten_and_those_that_come_are_used() -> None:
+    fleet = replicas(2)
+    router = router_of(*fleet)
+    holder = routed(router, conversation(0))
+    [other] = [replica for replica in fleet if replica.replica_id != holder]
+    known(router, other)
+    assert routed(router, conversation(0, 2)) == other.replica_id
+    known(router, other, *[replica for replica in fleet if replica is not other])
+    assert routed(router, conversation(0, 3)) == other.replica_id  # the other has forgotten it
+    router.on_replica_actor_died(other.replica_id)
+    assert routed(router, conversation(0, 3)) == holder
+    assert set(router._computed) == {holder}
 
 
 @dataclass(frozen=True)
