@@ -115,6 +115,11 @@ class Bundle:
             raise BundleError(f"{pointer.parent}: no bundle yet: run 'make demo', or 'mmllm train embedded-instruct'")
         return cls.open(pointer.parent / pointer.read_text(encoding="utf-8").strip())
 
+    def digests(self, folder: str) -> dict[str, str]:
+        """sha256 of every file below a folder of the bundle, by its path, as the manifest has it."""
+        manifest = _read_json(self.folder, "manifest.json")
+        return {name: digest for name, digest in manifest.items() if name.startswith(f"{folder}/")}
+
     @property
     def profile(self) -> Profile:
         """Which weights the assistant is made of."""

@@ -57,7 +57,7 @@ class Assistant:
 
     Args:
         clip, whisper, phi: handles of `ClipDeployment`, `WhisperDeployment` and `PhiDeployment`.
-        model: the id under which the assistant is asked for.
+        models: the ids that can be asked for, the usual one first.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Assistant:
         clip: "DeploymentHandle",
         whisper: "DeploymentHandle",
         phi: "DeploymentHandle",
-        model: str,
+        models: list[str],
         config: ServeConfig,
     ):
         self._clip = clip
@@ -73,7 +73,7 @@ class Assistant:
         self._phi = phi
         self._vocabulary: list[bytes] = []
         self._readiness = Readiness(clip, whisper, phi, config)
-        self._model = model
+        self._models = models
         self._config = config
         self._started = int(time.time())
 
@@ -84,12 +84,17 @@ class Assistant:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
             from serve_apps.ui import mount_chat_page
 
-            mount_chat_page(app, self._config.http.base_url, self._model)
+            mount_chat_page(app, self._config.http.base_url, self._models[0])
         return app
+
+    def config(self) -> ServeConfig:
+        """What this service was built by."""
+        return self._config
 
     def models(self) -> list[Json]:
         """The models that can be asked for."""
-        return [{"id": self._model, "object": "model", "created": self._started, "owned_by": "mmllm"}]
+        told = {"object": "model", "created": self._started, "owned_by": "mmllm"}
+        return [{"id": model} | told for model in self._models]
 
     async def ready(self) -> Response:
         """Say which parts answer; 503 if one does not that should."""
@@ -107,8 +112,9 @@ class Assistant:
                 # base64 of megabytes takes its time: other requests should not wait for it
                 call = await asyncio.to_thread(parse_request, body, self._config.limits)
                 del body
-                if call.model != self._model:
-                    raise ModelNotFound(f"this model does not exist here: ask for '{self._model}'", "model")
+                if call.model not in self._models:
+                    known = "' or '".join(self._models)
+                    raise ModelNotFound(f"this model does not exist here: ask for '{known}'", "model")
                 seen = await self._perceive(call)
                 reply = await self._reply(call, seen)
                 chunks = self._speak(call, seen, reply.id, deadline)
@@ -149,8 +155,9 @@ class Assistant:
         """The LM's chunks, until each answer has ended; closing the generator cancels the LM's request."""
         messages = with_transcripts(call, seen.transcripts)
         seconds = deadline - asyncio.get_running_loop().time()
-        prompt = Prompt(id, messages, seen.features, call.sampling, seconds)
-        response = self._phi.options(stream=True).generate.remote(prompt)
+        model = call.model if len(self._models) > 1 else ""  # of one there is nothing to choose
+        prompt = Prompt(id, messages, seen.features, call.sampling, seconds, model)
+        response = self._phi.options(stream=True, multiplexed_model_id=model).generate.remote(prompt)
         unfinished = call.sampling.n
         try:
             while unfinished:

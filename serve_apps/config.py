@@ -5,11 +5,12 @@ application.
 """
 
 import os
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mmllm_core.config import StrictModel, VllmConfig
+from mmllm_core.config import Name, StrictModel, VllmConfig
 from mmllm_core.data.feature_location import absolute_location
 from serve_apps.autoscaling_config import (
     AudioAutoscaling,
@@ -154,10 +155,22 @@ class PhiConfig(ModelDeploymentConfig):
     """Whether the LM is dequantized and its adapter merged as a replica starts. It answers sooner then, and takes two
     or four bytes a weight, by the dtype that it is computed in. vLLM always dequantizes, and otherwise applies the
     adapter as it computes."""
+    adapters: dict[Name, Annotated[Path, AfterValidator(Path.absolute)]] = Field(default_factory=dict)
+    """Folders of further bundles, by the model name that they are asked for by. They share the base LM and all else of
+    the bundle that is served, and have their own adapters and connectors. No adapter is merged then, the first bundle's
+    neither, so that requests for any of them are computed together; `merged` dequantizes the LM alone."""
+    adapters_in_memory: int = Field(default=8, gt=0)
+    """Bundles, the first included, whose adapters a replica holds; the one unused longest makes room for another."""
     step_tokens: int = Field(default=256, gt=0)
     """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)
     """Text that comes within it travels together; the first piece never waits."""
+    routing: Literal["prefix", "requests"] = "prefix"
+    """Which replica is asked: the one that has computed most of what the conversation begins with, or the less busy of
+    two."""
+    routing_imbalance: int = Field(default=8, ge=0)
+    """By how many requests the replica that has computed a conversation's beginning may be busier than the least busy
+    one before it is passed over."""
 
     @model_validator(mode="after")
     def _settings_are_of_the_engine(self) -> "PhiConfig":

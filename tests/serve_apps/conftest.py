@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,13 @@ class Service:
 @pytest.fixture(scope="module")
 def serve_port() -> Iterator[int]:
     """Ray and Serve of our own, whatever else runs on this machine."""
+    with own_serve() as port:
+        yield port
+
+
+@contextmanager
+def own_serve() -> Iterator[int]:
+    """Ray and Serve that end with the block, and the port of HTTP."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from ray import serve
@@ -88,16 +96,18 @@ def serve_port() -> Iterator[int]:
         include_dashboard=False,
         log_to_driver=False,
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield port
-    serve.shutdown()
-    ray.shutdown()
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
 
 
 @pytest.fixture(scope="module")
 def service(bundle: Bundle, serve_port: int) -> Service:
     """The embedded config, chat page included, with a small limit on bodies."""
-    return _deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
+    return deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +121,7 @@ def hasty_service(bundle: Bundle, serve_port: int) -> Service:
         "phi.max_ongoing_requests": 1,
         "phi.max_queued_requests": 1,
     }
-    return _deploy(bundle, "hasty", "/hasty", overrides)
+    return deploy(bundle, "hasty", "/hasty", overrides)
 
 
 def image_uri(colour: str = "red", size: tuple[int, int] = (64, 64), kind: str = "png") -> str:
@@ -161,7 +171,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+    """Serve a bundle by the embedded config with changes."""
     from ray import serve
 
     from serve_apps.builder import build, load_serve_config
