@@ -4,6 +4,7 @@ Knows which class each deployment runs and under which name. Does not start Ray 
 the bundle is opened only to be verified and for its name.
 """
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, ServeConfig
+from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
 from serve_apps.whisper_app import WhisperDeployment
@@ -58,7 +60,9 @@ def build(config: ServeConfig, bundle: Path) -> "Application":
     whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper)
     phi = deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    return ingress.bind(clip, whisper, phi, opened.info.name, config)
+    hears = hashlib.sha256(opened.profile.audio.model_dump_json().encode()).hexdigest()[:16]
+    fingerprints = Fingerprints(opened.info.feature_fingerprint, hears)
+    return ingress.bind(clip, whisper, phi, opened.info.name, config, fingerprints)
 
 
 def app(args: ServeArgs) -> "Application":
