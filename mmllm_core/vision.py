@@ -74,10 +74,10 @@ def size_problem(image: Image.Image, max_pixels: int) -> str | None:
     size = f"has {image.width}x{image.height} pixels and"
     if image.width * image.height > max_pixels:
         return f"{size} at most {max_pixels} are allowed: send a smaller one"
-    if min(image.size) < MIN_SIDE or max(image.size) > MAX_SIDE:
-        return f"{size} a side may have {MIN_SIDE} to {MAX_SIDE}: send another size"
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         return f"{size} one side may be at most {MAX_ASPECT_RATIO} times the other: cut it"
+    if min(image.size) < MIN_SIDE or max(image.size) > MAX_SIDE:
+        return f"{size} a side may have {MIN_SIDE} to {MAX_SIDE}: send another size"
     return None
 
 

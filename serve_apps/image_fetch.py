@@ -64,7 +64,7 @@ class ImageFetcher:
             ImageError: the URL is not fetched, or what it leads to is no image that may be had.
         """
         parsed = self._parse(url, param)
-        port = parsed.port or 443
+        port = _port(parsed)
         async with self._turns:
             try:
                 async with asyncio.timeout(self._config.timeout_s):
@@ -96,7 +96,7 @@ class ImageFetcher:
             raise ImageError("the URL holds a user's name or password: such URLs are not fetched", param)
         if not host or "." not in host.strip(".") or _is_address(host):
             raise ImageError("the URL must name a host such as example.com", param)
-        if (parsed.port or 443) not in self._config.ports:
+        if _port(parsed) not in self._config.ports:
             allowed = ", ".join(str(port) for port in self._config.ports)
             raise ImageError(f"images are not fetched from port {parsed.port}: only from {allowed}", param)
         return parsed
@@ -151,6 +151,10 @@ class ImageFetcher:
         if n_bytes > most:
             raise ImageError(f"the image is larger than the {most} bytes that are fetched: send a smaller one", param)
         return b"".join(pieces)
+
+
+def _port(url: httpx.URL) -> int:
+    return 443 if url.port is None else url.port
 
 
 def _is_address(host: str) -> bool:
