@@ -97,7 +97,7 @@ def serve_port() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def service(bundle: Bundle, serve_port: int) -> Service:
     """The embedded config, chat page included, with a small limit on bodies."""
-    return _deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
+    return deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def hasty_service(bundle: Bundle, serve_port: int) -> Service:
         "phi.max_ongoing_requests": 1,
         "phi.max_queued_requests": 1,
     }
-    return _deploy(bundle, "hasty", "/hasty", overrides)
+    return deploy(bundle, "hasty", "/hasty", overrides)
 
 
 def image_uri(colour: str = "red", size: tuple[int, int] = (64, 64), kind: str = "png") -> str:
@@ -161,7 +161,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+    """Serve a bundle by the embedded config, changed as said."""
     from ray import serve
 
     from serve_apps.builder import build, load_serve_config
