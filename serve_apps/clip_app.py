@@ -18,6 +18,7 @@ from ray import serve
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import BadInput
+from serve_apps.all_or_none import all_or_none
 from serve_apps.config import ClipConfig
 from serve_apps.embeddings import Embeddings, TypedText
 from serve_apps.feature_cache import FeatureCache, Features, StoreReader
@@ -73,7 +74,7 @@ class ClipDeployment:
     async def see(self, images: Sequence[Upload]) -> list[Seen]:
         """As `encode`, image by image and with the key of each."""
         with self._work.request(len(images)):
-            return await asyncio.gather(*(self._see(image) for image in images))
+            return await all_or_none(self._see(image) for image in images)
 
     async def embed(self, inputs: Sequence[Upload | TypedText], dimensions: int | None = None) -> Embeddings:
         """Vectors of images and texts, which can be compared with each other.
@@ -90,7 +91,7 @@ class ClipDeployment:
             raise BadInput(f"'dimensions': vectors have {have} here: leave it out", "dimensions")
         with self._work.request(len(inputs)):
             tower = await self._texts() if any(isinstance(given, TypedText) for given in inputs) else None
-            found = await asyncio.gather(*(self._embed(given, tower) for given in inputs))
+            found = await all_or_none(self._embed(given, tower) for given in inputs)
         return Embeddings(np.stack([vector for vector, _ in found]), sum(tokens for _, tokens in found))
 
     def record_autoscaling_stats(self) -> dict[str, float]:

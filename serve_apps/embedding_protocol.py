@@ -9,7 +9,7 @@ import base64
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import FailFast, Field, ValidationError, field_validator
 
 from mmllm_core.errors import BadInput
 from serve_apps.config import Limits
@@ -26,7 +26,7 @@ class EmbeddingRequest(Body):
     """The fields of a request that are understood."""
 
     model: str
-    input: list[Given] = Field(min_length=1)
+    input: Annotated[list[Given], FailFast()] = Field(min_length=1)
     """A text or an image, or a list of them."""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, gt=0)
@@ -35,6 +35,8 @@ class EmbeddingRequest(Body):
     @field_validator("input", mode="before")
     @classmethod
     def _strings_are_parts(cls, value: Any) -> Any:
+        if value is None:
+            raise ValueError("this field is required")
         return [_part(one) for one in value] if isinstance(value, list) else [_part(value)]
 
 

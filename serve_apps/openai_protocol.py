@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import FailFast, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails, from_json
 
 from mmllm_core.conversation import ImagePart, Message, Part, SpeechPart, TextPart
@@ -98,7 +98,7 @@ class ChatMessage(Body):
     """One turn; a reply's own message can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[Content, Field(discriminator="type")]]
+    content: Annotated[list[Annotated[Content, Field(discriminator="type")]], FailFast()]
     """A string, or a list of parts."""
     name: str | None = None
     refusal: str | None = None
@@ -128,7 +128,7 @@ class ChatRequest(SamplingFields):
     """The fields of a request that are understood."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)  # FailFast: of a million errors one
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
