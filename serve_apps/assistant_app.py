@@ -66,7 +66,7 @@ class Assistant:
     ):
         self._phi = phi
         fetcher = ImageFetcher(config.image_urls) if config.image_urls else None
-        self._perceiver = Perceiver(clip, whisper, fingerprints, fetcher)
+        self._perceiver = Perceiver(clip, whisper, fingerprints, fetcher, config.ingress.cache_bytes)
         self.files = FilesApi(config.files, self._perceiver) if config.files else None
         self._vocabulary: list[bytes] = []
         self._readiness = Readiness(clip, whisper, phi, config)

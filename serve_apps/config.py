@@ -192,6 +192,8 @@ class IngressConfig(DeploymentConfig):
     autoscaling: RequestAutoscaling | None = None
     max_ongoing_requests: int = Field(default=256, gt=0)
     max_queued_requests: int = Field(default=-1, ge=-1)
+    cache_bytes: int = Field(default=32_000_000, ge=0)
+    """Features that a replica remembers of images that requests brought along: a repeated one is not sent to CLIP."""
 
     @model_validator(mode="after")
     def _always_there(self) -> "IngressConfig":

@@ -6,13 +6,13 @@ before are known by their hash and not decoded again. Does not know features.
 """
 
 import asyncio
-import hashlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmllm_core.vision import ClipEncoder, decode_image
+from serve_apps.content_hash import content_hash
 from serve_apps.upload import Upload
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 DECODERS = 2
 """Images that are decoded at a time: each may hold `max_pixels` several times over."""
-_HASHED_AT_ONCE = 128_000
-"""Bytes whose hash takes no longer than handing them to a thread."""
 _REMEMBERED = 16_384
 """Hashes of files whose keys are known: some 3 MB."""
 
@@ -45,7 +43,7 @@ class ImageReader:
         self._encoder = encoder
         self._max_pixels = max_pixels
         self._decoding = ThreadPoolExecutor(max_workers=DECODERS, thread_name_prefix="decode-image")
-        self._keys: OrderedDict[bytes, str] = OrderedDict()
+        self._keys: OrderedDict[str, str] = OrderedDict()
 
     async def read(self, upload: Upload) -> ReadImage:
         """An image's key, from memory if the same bytes came before.
@@ -53,8 +51,7 @@ class ImageReader:
         Raises:
             ImageError: the image cannot be used; it names the field.
         """
-        small = len(upload.data) <= _HASHED_AT_ONCE
-        digest = _sha256(upload.data) if small else await asyncio.to_thread(_sha256, upload.data)
+        digest = await content_hash(upload.data)
         if (key := self._keys.get(digest)) is not None:
             self._keys.move_to_end(digest)
             return ReadImage(key, None)
@@ -81,7 +78,3 @@ class ImageReader:
     def _decode(self, upload: Upload) -> ReadImage:
         image = decode_image(upload.data, self._max_pixels, upload.param)
         return ReadImage(self._encoder.key(image), self._encoder.preprocess([image])[0])
-
-
-def _sha256(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()

@@ -1,7 +1,8 @@
 """What is seen and heard in a request: CLIP and Whisper at the same time, and only where it is not known already.
 
 In: sources of images and sounds. Out: features and transcripts, in order. An uploaded file was seen or heard when it
-was uploaded, and is again only if what saw or heard it has changed. Does not know HTTP or the LM.
+was uploaded, and is again only if what saw or heard it has changed; clients that send an image anew with every turn
+find its features here, by the hash of its bytes. Does not know HTTP or the LM.
 """
 
 import asyncio
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmllm_core.errors import ImageError
 from serve_apps.all_or_none import all_or_none, result_of
+from serve_apps.content_hash import content_hash
 from serve_apps.embeddings import Embeddings, TypedText
+from serve_apps.feature_cache import FeatureCache, Features
 from serve_apps.image_fetch import ImageFetcher
 from serve_apps.media import FileUse, ImageSource, LinkedImage, SoundSource
 from serve_apps.stored_file import Heard, Kind, Seen, StoredFile
@@ -22,8 +24,6 @@ from serve_apps.upload import Upload
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-
-Features = NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Perceiver:
     Args:
         clip, whisper: handles of `ClipDeployment` and `WhisperDeployment`.
         fetcher: of images at URLs, where they are allowed.
+        cache_bytes: features that are remembered here, so that a repeated image costs no call.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Perceiver:
         whisper: "DeploymentHandle",
         fingerprints: Fingerprints,
         fetcher: ImageFetcher | None = None,
+        cache_bytes: int = 0,
     ):
         self._clip = clip
         self._whisper = whisper
         self._fingerprints = fingerprints
         self._fetcher = fetcher
+        self._cache = FeatureCache(cache_bytes)
 
     async def perceive(self, images: Sequence[ImageSource], sounds: Sequence[SoundSource]) -> Perception:
         """See and hear one request; what still runs when one part fails is cancelled.
@@ -94,13 +97,13 @@ class Perceiver:
     async def _see_all(self, images: Sequence[ImageSource]) -> Any:
         if not images:
             return None
-        found = await all_or_none(self._stored_features(image) for image in images)
+        found = await all_or_none(self._known_features(image) for image in images)
         unknown = [i for i, features in enumerate(found) if features is None]
         if unknown:
             uploads = await all_or_none(self._upload(images[i]) for i in unknown)
             for i, seen in zip(unknown, await result_of(self._clip.see.remote(uploads)), strict=True):
                 found[i] = seen.features
-                await _keep(images[i], seen)
+                await self._keep_features(images[i], seen)
         return np.stack([features for features in found if features is not None])  # (n_images, n_patches, d_vision)
 
     async def _hear_all(self, sounds: Sequence[SoundSource]) -> Any:
@@ -118,10 +121,17 @@ class Perceiver:
     async def _transcribe(self, upload: Upload) -> str:
         return (await result_of(self._whisper.transcribe.remote(upload))).text
 
-    async def _stored_features(self, image: ImageSource) -> Features | None:
-        if not isinstance(image, FileUse):
-            return None
-        return await asyncio.to_thread(image.file.features, self._fingerprints.vision)
+    async def _known_features(self, image: ImageSource) -> Features | None:
+        if isinstance(image, Upload):
+            return self._cache.get(await content_hash(image.data))
+        if isinstance(image, FileUse):
+            return await asyncio.to_thread(image.file.features, self._fingerprints.vision)
+        return None  # a URL may show another image every time
+
+    async def _keep_features(self, image: ImageSource, seen: Seen) -> None:
+        if isinstance(image, Upload):
+            self._cache.put(await content_hash(image.data), seen.features)
+        await _keep(image, seen)
 
     async def _upload(self, image: ImageSource) -> Upload:
         if isinstance(image, FileUse):
