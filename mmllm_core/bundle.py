@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mmllm_core.connectors import Connector
     from mmllm_core.model import MultimodalLM
+    from mmllm_core.text_tower import ClipTextEncoder
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "open_clip_torch", "mmllm")
@@ -149,6 +150,14 @@ class Bundle:
                 f"on {self.info.feature_fingerprint}"
             )
         return encoder
+
+    def load_text_tower(self, device: str = "cpu") -> "ClipTextEncoder | None":
+        """Load CLIP's text tower, or None where the bundle's CLIP has none that belongs to its vision tower."""
+        from mmllm_core.text_tower import ClipTextEncoder, has_text_tower
+
+        weights = self.weights(self.profile.vision.source)
+        trained_apart = self.info.recipe.get("stage") == "end_to_end"
+        return None if trained_apart or not has_text_tower(weights) else ClipTextEncoder(weights, device)
 
     def load_model(self, device: str = "cpu") -> "MultimodalLM":
         """Load LM, adapter and connector, frozen and in eval mode."""

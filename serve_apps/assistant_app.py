@@ -7,27 +7,28 @@ A disconnect or the deadline cancels whatever still runs for a request. Does not
 
 import asyncio
 import os
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from numpy.typing import NDArray
 from starlette.exceptions import HTTPException
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
 from serve_apps.config import ServeConfig
+from serve_apps.embedding_protocol import parse_embedding_request
+from serve_apps.files_api import FilesApi
+from serve_apps.http_body import clean_request_id, error_response, read_body
+from serve_apps.image_fetch import ImageFetcher
+from serve_apps.media import Elsewhere
+from serve_apps.media_routes import add_embedding_route, add_file_routes
 from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
 from serve_apps.openai_replies import (
     DONE,
-    BodyTooLarge,
     Failure,
     Json,
     ModelNotFound,
@@ -35,6 +36,7 @@ from serve_apps.openai_replies import (
     event,
     to_failure,
 )
+from serve_apps.perception import Fingerprints, Perceiver, Perception
 from serve_apps.prompt import Prompt
 from serve_apps.readiness import Readiness
 
@@ -44,20 +46,13 @@ if TYPE_CHECKING:
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
-@dataclass(frozen=True)
-class Perception:
-    """What was seen and heard in one request."""
-
-    features: NDArray[np.float16] | None  # (n_images, n_patches, d_vision)
-    transcripts: list[str]
-
-
 class Assistant:
     """The ingress deployment.
 
     Args:
         clip, whisper, phi: handles of `ClipDeployment`, `WhisperDeployment` and `PhiDeployment`.
         models: the ids that can be asked for, the usual one first.
+        fingerprints: of what sees and hears.
     """
 
     def __init__(
@@ -67,29 +62,31 @@ class Assistant:
         phi: "DeploymentHandle",
         models: list[str],
         config: ServeConfig,
+        fingerprints: Fingerprints,
     ):
-        self._clip = clip
-        self._whisper = whisper
         self._phi = phi
+        fetcher = ImageFetcher(config.image_urls) if config.image_urls else None
+        self._perceiver = Perceiver(clip, whisper, fingerprints, fetcher, config.ingress.cache_bytes)
+        self.files = FilesApi(config.files, self._perceiver) if config.files else None
         self._vocabulary: list[bytes] = []
         self._readiness = Readiness(clip, whisper, phi, config)
         self._models = models
-        self._config = config
+        self.config = config
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
         app = build_http_app(self)
-        if self._config.ui:
+        if self.config.ui:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
             from serve_apps.ui import mount_chat_page
 
-            mount_chat_page(app, self._config.http.base_url, self._models[0])
+            mount_chat_page(app, self.config.http.base_url, self._models[0])
         return app
 
-    def config(self) -> ServeConfig:
-        """What this service was built by."""
-        return self._config
+    def built_by(self) -> ServeConfig:
+        """The config of this service."""
+        return self.config
 
     def models(self) -> list[Json]:
         """The models that can be asked for."""
@@ -105,17 +102,15 @@ class Assistant:
     async def chat(self, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`; never raises but for cancellation."""
         request_id = clean_request_id(request.headers.get("x-request-id"))
-        deadline = asyncio.get_running_loop().time() + self._config.limits.request_timeout_s
+        deadline = asyncio.get_running_loop().time() + self.config.limits.request_timeout_s
         try:
             async with asyncio.timeout_at(deadline):
-                body = await read_body(request, self._config.limits.max_body_bytes)
+                body = await read_body(request, self.config.limits.max_body_bytes)
                 # base64 of megabytes takes its time: other requests should not wait for it
-                call = await asyncio.to_thread(parse_request, body, self._config.limits)
+                call = await asyncio.to_thread(parse_request, body, self.config.limits, self._elsewhere(request))
                 del body
-                if call.model not in self._models:
-                    known = "' or '".join(self._models)
-                    raise ModelNotFound(f"this model does not exist here: ask for '{known}'", "model")
-                seen = await self._perceive(call)
+                self._require_model(call.model)
+                seen = await self._perceiver.perceive(call.images, call.clips)
                 reply = await self._reply(call, seen)
                 chunks = self._speak(call, seen, reply.id, deadline)
                 if not call.stream:
@@ -129,18 +124,27 @@ class Assistant:
         except Exception as error:
             return error_response(to_failure(error, request_id))
 
-    async def _perceive(self, call: ChatCall) -> Perception:
-        """See and hear at the same time; what still runs when one call fails is cancelled."""
-        seeing = [self._clip.encode.remote(call.images)] if call.images else []
-        hearing = [self._whisper.transcribe.remote(clip) for clip in call.clips]
-        try:
-            results = await asyncio.gather(*seeing, *hearing)
-        except BaseException:
-            for response in (*seeing, *hearing):
-                response.cancel()
-            raise
-        features = results[0] if seeing else None
-        return Perception(features, [transcript.text for transcript in results[len(seeing) :]])
+    async def embed(self, request: Request) -> Response:
+        """Answer `POST /v1/embeddings`.
+
+        Raises:
+            BadInput: something cannot be embedded; it names the field.
+        """
+        limits = self.config.limits
+        body = await read_body(request, limits.max_body_bytes)
+        call = await asyncio.to_thread(parse_embedding_request, body, limits, self._elsewhere(request))
+        del body
+        self._require_model(call.model)
+        found = await self._perceiver.embed(call.inputs, call.dimensions)
+        return JSONResponse(await asyncio.to_thread(call.reply, found))
+
+    def _elsewhere(self, request: Request) -> Elsewhere:
+        return Elsewhere(self.files.of(request) if self.files else None, self.config.image_urls is not None)
+
+    def _require_model(self, model: str) -> None:
+        if model not in self._models:
+            known = "' or '".join(self._models)
+            raise ModelNotFound(f"this model does not exist here: ask for '{known}'", "model")
 
     async def _reply(self, call: ChatCall, seen: Perception) -> Reply:
         if call.sampling.logprobs is not None and not self._vocabulary:
@@ -232,6 +236,11 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         """Answer a conversation of text, images and speech."""
         return await assistant.chat(request)
 
+    timeout_s = assistant.config.limits.request_timeout_s
+    parts_of_body |= add_embedding_route(app, assistant.embed, timeout_s)
+    if assistant.files:
+        add_file_routes(app, assistant.files, timeout_s)
+
     @app.get("/v1/models")
     async def list_models() -> Json:
         """List the models that are served."""
@@ -263,38 +272,3 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     # The body is parsed by hand, for its size and its errors, so FastAPI has to be told of its parts.
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(parts_of_body)
     return app
-
-
-def error_response(failure: Failure) -> Response:
-    """A failure as an HTTP response."""
-    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers)
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read a request's body.
-
-    Raises:
-        BodyTooLarge: it is longer than `max_bytes`. Of a longer one as much again is read and dropped, since many
-            clients see a reset connection instead of the answer when nobody reads what they send.
-    """
-    pieces: list[bytes] = []
-    n_bytes = 0
-    async for piece in request.stream():
-        n_bytes += len(piece)
-        if n_bytes <= max_bytes:
-            pieces.append(piece)
-        else:
-            pieces.clear()
-        if n_bytes > 2 * max_bytes:
-            break
-    if n_bytes > max_bytes:
-        raise BodyTooLarge(f"the request is larger than the {max_bytes} bytes that are allowed: send smaller files")
-    return b"".join(pieces)
-
-
-def clean_request_id(given: str | None) -> str:
-    """A request id that is safe to log: the caller's, stripped of what has no business in one, or a new one.
-
-    Serve's HTTP proxy writes `x-request-id` on the response, whether the caller gave it or not.
-    """
-    return re.sub(r"[^A-Za-z0-9._:-]", "", given or "")[:128] or uuid.uuid4().hex

@@ -4,8 +4,8 @@ Knows which class each deployment runs and under which name. Does not start Ray 
 the bundle is opened only to be verified and for its name.
 """
 
+import hashlib
 import json
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
+from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
 from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_same_base
@@ -72,7 +73,9 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
     phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    return ingress.bind(clip, whisper, phi, list(bundles), config)
+    hears = hashlib.sha256(opened.profile.audio.model_dump_json().encode()).hexdigest()[:16]
+    fingerprints = Fingerprints(opened.info.feature_fingerprint, hears)
+    return ingress.bind(clip, whisper, phi, list(bundles), config, fingerprints)
 
 
 def _adapters(config: PhiConfig, first: Bundle, name: str) -> dict[str, ServedBundle]:
@@ -93,7 +96,7 @@ def version_of(config: ServeConfig, bundle: Bundle, models: list[str]) -> str:
 
     Two services of one version differ in the bundles' connectors and adapters alone.
     """
-    digest = blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16)
     for folder in (Path(__file__).parent, Path(mmllm_core.__file__).parent):
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.read_bytes())

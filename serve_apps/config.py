@@ -20,6 +20,7 @@ from serve_apps.autoscaling_config import (
     VisionAutoscaling,
     WorkAutoscaling,
 )
+from serve_apps.files_config import FilesConfig, ImageUrlsConfig
 
 
 class ActorOptions(StrictModel):
@@ -204,6 +205,8 @@ class IngressConfig(DeploymentConfig):
     autoscaling: RequestAutoscaling | None = None
     max_ongoing_requests: int = Field(default=256, gt=0)
     max_queued_requests: int = Field(default=-1, ge=-1)
+    cache_bytes: int = Field(default=32_000_000, ge=0)
+    """Features that a replica remembers of images that requests brought along: a repeated one is not sent to CLIP."""
 
     @model_validator(mode="after")
     def _always_there(self) -> "IngressConfig":
@@ -236,6 +239,8 @@ class Limits(StrictModel):
     """Typed text of a whole conversation; the model's context is checked later, token by token."""
     max_answers: int = Field(default=8, gt=0)
     """That one request may ask for (`n`)."""
+    max_embeddings: int = Field(default=128, gt=0)
+    """Texts and images that one request may ask vectors of."""
     max_schema_chars: int = Field(default=50_000, gt=0)
     """Of a JSON schema that answers shall keep to."""
     default_max_tokens: int = Field(default=256, gt=0)
@@ -250,6 +255,10 @@ class ServeConfig(StrictModel):
     ui: bool = True
     """Whether the chat page is served at `/`."""
     limits: Limits = Limits()
+    files: FilesConfig | None = None
+    """Uploaded files; left out, there are none."""
+    image_urls: ImageUrlsConfig | None = None
+    """Whether images may be named by https URLs; left out, they may not."""
     ingress: IngressConfig = IngressConfig()
     clip: ClipConfig
     whisper: WhisperConfig

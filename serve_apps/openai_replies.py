@@ -29,12 +29,14 @@ class ModelNotFound(BadInput):
     """A model that is not served here."""
 
     code = "model_not_found"
+    status = 404
 
 
 class BodyTooLarge(BadInput):
     """A request body above the limit."""
 
     code = "request_too_large"
+    status = 413
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,7 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
     while isinstance(error, RayTaskError):
         error = error.cause
     if isinstance(error, BadInput):
-        status = 404 if isinstance(error, ModelNotFound) else 413 if isinstance(error, BodyTooLarge) else 400
-        return Failure(status, error.message, error.code, error.param)
+        return Failure(getattr(error, "status", 400), error.message, error.code, error.param)
     if isinstance(error, BackPressureError):
         return Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
     if isinstance(error, TimeoutError | DeadlineError):

@@ -29,7 +29,7 @@ from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS, ClipEncoder
 ARCHITECTURE = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 
 
@@ -172,7 +172,7 @@ def free_port() -> int:
 
 
 def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
-    """Serve a bundle by the embedded config with changes."""
+    """Serve a bundle by the embedded config, changed as said."""
     from ray import serve
 
     from serve_apps.builder import build, load_serve_config
@@ -236,11 +236,13 @@ def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path)
 
 
 def _save_clip(folder: Path) -> Path:
-    from open_clip.model import _build_vision_tower
+    from open_clip.model import _build_text_tower, _build_vision_tower
     from safetensors.torch import save_file
 
     folder.mkdir()
     tower = _build_vision_tower(ARCHITECTURE["embed_dim"], ARCHITECTURE["vision_cfg"])
-    save_file({f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}, folder / CLIP_WEIGHTS)
+    state = {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
+    texts = _build_text_tower(ARCHITECTURE["embed_dim"], ARCHITECTURE["text_cfg"])
+    save_file(state | texts.state_dict(), folder / CLIP_WEIGHTS)
     (folder / CLIP_CONFIG).write_text(json.dumps({"model_cfg": ARCHITECTURE, "preprocess_cfg": {}}), encoding="utf-8")
     return folder
