@@ -95,7 +95,7 @@ def test_a_long_clip_is_not_decoded_to_its_end(monkeypatch: pytest.MonkeyPatch) 
             self.furthest = max(self.furthest, self.tell())
             return found
 
-    monkeypatch.setattr("mmllm_core.audio.io", SimpleNamespace(BytesIO=Recorded))
+    monkeypatch.setattr("mmllm_core.audio.decode.io", SimpleNamespace(BytesIO=Recorded))
     with pytest.raises(AudioError, match="longer"):
         decode_audio(data, 2)
     assert 0 < streams[0].furthest < len(data) / 10
