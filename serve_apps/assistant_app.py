@@ -7,7 +7,6 @@ A disconnect or the deadline cancels whatever still runs for a request. Does not
 
 import asyncio
 import os
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -23,11 +22,12 @@ from starlette.exceptions import HTTPException
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
+from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
+from serve_apps.http_body import clean_request_id, error_response, read_body
 from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
 from serve_apps.openai_replies import (
     DONE,
-    BodyTooLarge,
     Failure,
     Json,
     ModelNotFound,
@@ -73,6 +73,7 @@ class Assistant:
         self._phi = phi
         self._vocabulary: list[bytes] = []
         self._readiness = Readiness(clip, whisper, phi, config)
+        self.speech = SpeechApi(whisper, model, config.limits)
         self._model = model
         self._config = config
         self._started = int(time.time())
@@ -248,6 +249,8 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         """Ask every part for a real answer."""
         return await assistant.ready()
 
+    add_audio_routes(app, assistant.speech)
+
     # Below /v1 nothing falls through to the chat page, whose answers no API client understands.
     @app.api_route("/v1/{rest:path}", methods=_METHODS, include_in_schema=False)
     async def nothing_here(request: Request) -> Response:
@@ -256,38 +259,3 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     # The body is parsed by hand, for its size and its errors, so FastAPI has to be told of its parts.
     app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(parts_of_body)
     return app
-
-
-def error_response(failure: Failure) -> Response:
-    """A failure as an HTTP response."""
-    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers)
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read a request's body.
-
-    Raises:
-        BodyTooLarge: it is longer than `max_bytes`. Of a longer one as much again is read and dropped, since many
-            clients see a reset connection instead of the answer when nobody reads what they send.
-    """
-    pieces: list[bytes] = []
-    n_bytes = 0
-    async for piece in request.stream():
-        n_bytes += len(piece)
-        if n_bytes <= max_bytes:
-            pieces.append(piece)
-        else:
-            pieces.clear()
-        if n_bytes > 2 * max_bytes:
-            break
-    if n_bytes > max_bytes:
-        raise BodyTooLarge(f"the request is larger than the {max_bytes} bytes that are allowed: send smaller files")
-    return b"".join(pieces)
-
-
-def clean_request_id(given: str | None) -> str:
-    """A request id that is safe to log: the caller's, stripped of what has no business in one, or a new one.
-
-    Serve's HTTP proxy writes `x-request-id` on the response, whether the caller gave it or not.
-    """
-    return re.sub(r"[^A-Za-z0-9._:-]", "", given or "")[:128] or uuid.uuid4().hex

@@ -19,7 +19,7 @@ from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, ServeConfig
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
-from serve_apps.whisper_app import WhisperDeployment
+from serve_apps.whisper_app import WhisperDeployment, require_hearing
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
@@ -44,10 +44,12 @@ def build(config: ServeConfig, bundle: Path) -> "Application":
 
     Raises:
         BundleError: the bundle is missing, incomplete or altered.
-        ConfigError: it is not for the engine that the config names.
+        ConfigError: it is not for an engine that the config names.
+        EnvironmentLack: such an engine is not installed.
     """
     opened = Bundle.open(bundle)
     require_servable(opened, config.phi)
+    require_hearing(opened, config.whisper)
     folder = opened.folder.absolute()
     drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
 

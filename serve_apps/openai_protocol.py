@@ -149,7 +149,7 @@ def parse_request(body: bytes, limits: Limits) -> ChatCall:
     try:
         request = ChatRequest.model_validate({k: v for k, v in values.items() if k not in IGNORED})
     except ValidationError as error:
-        raise _to_bad_input(error.errors(include_url=False)[0]) from None
+        raise to_bad_input(error.errors(include_url=False)[0]) from None
     return _to_call(request, limits)
 
 
@@ -254,7 +254,8 @@ _REASONS = {
 """Problems that we say in our own words, by pydantic's name for them."""
 
 
-def _to_bad_input(problem: ErrorDetails) -> BadInput:
+def to_bad_input(problem: ErrorDetails) -> BadInput:
+    """What pydantic says of a body, in OpenAI's terms: the field and the reason."""
     location = list(problem["loc"])
     reason = _REASONS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     reason = reason.format(**problem.get("ctx", {})) if problem["type"] == "union_tag_invalid" else reason

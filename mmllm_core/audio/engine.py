@@ -20,7 +20,8 @@ TOKENS_PER_SECOND = 12
 """More than anybody says: a decoder that writes more repeats itself."""
 SAMPLES_AT_TEMPERATURE = 5
 """Of which the likeliest is taken, as in Whisper's own code."""
-PREPENDED, APPENDED = "\"'“¿([{-", "\"'.。,，!！?？:：”)]}、"
+PREPENDED = "\"'\u201c\u00bf([{-"
+APPENDED = "\"'.\u3002,\uff0c!\uff01?\uff1f:\uff1a\u201d)]}\u3001"
 """Punctuation that belongs to the word after and before it, as in Whisper's own code."""
 
 

@@ -9,8 +9,10 @@ from mmllm_core.audio.engine import Decoded
 from mmllm_core.audio.transcript import Segment, Word
 from mmllm_core.audio.windows import Window
 
-_ENDS = (".", "?", "!", "。", "？", "！", "…")
-_QUOTES = "\"'”’)]"
+_ENDS = (".", "?", "!", "…", "\u3002", "\uff1f", "\uff01")  # the last three are Chinese and Japanese
+_QUOTES = "\"'\u201d\u2019)]"
+_LEAST_SECONDS = 1.0
+"""Of a sentence: "Mr." is none."""
 _PAUSE_SECONDS = 1.0
 _LONGEST_SECONDS = 10.0
 _MOST_CHARACTERS = 160
@@ -54,9 +56,9 @@ def segment_of(
 
 def _ends(held: Sequence[Word], following: Word) -> bool:
     said = held[-1].text.rstrip(_QUOTES)
+    parted = following.text[:1].isspace() or not said.isascii()  # "3.5" goes on
     return (
-        # "3.5" and "e.g." go on; a sentence is followed by a word of its own
-        (said.endswith(_ENDS) and (following.text[:1].isspace() or not said.isascii()) and len(said.strip()) > 2)
+        (said.endswith(_ENDS) and parted and held[-1].end - held[0].start >= _LEAST_SECONDS)
         or following.start - held[-1].end >= _PAUSE_SECONDS
         or following.end - held[0].start > _LONGEST_SECONDS
         or sum(len(word.text) for word in held) + len(following.text) > _MOST_CHARACTERS

@@ -99,9 +99,7 @@ def _speech(waveform: Waveform) -> Iterator[Span]:
     """Speech, block by block; what a block's end may cut is looked at again with the next."""
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
-    options = VadOptions(
-        min_silence_duration_ms=_PAUSE_MS, speech_pad_ms=_MARGIN_MS, min_speech_duration_ms=_LEAST_MS
-    )
+    options = VadOptions(min_silence_duration_ms=_PAUSE_MS, speech_pad_ms=_MARGIN_MS, min_speech_duration_ms=_LEAST_MS)
     at = 0
     while at < waveform.size:
         block = waveform[at : at + _BLOCK]

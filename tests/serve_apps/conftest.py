@@ -97,7 +97,7 @@ def serve_port() -> Iterator[int]:
 @pytest.fixture(scope="module")
 def service(bundle: Bundle, serve_port: int) -> Service:
     """The embedded config, chat page included, with a small limit on bodies."""
-    return _deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
+    return deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def hasty_service(bundle: Bundle, serve_port: int) -> Service:
         "phi.max_ongoing_requests": 1,
         "phi.max_queued_requests": 1,
     }
-    return _deploy(bundle, "hasty", "/hasty", overrides)
+    return deploy(bundle, "hasty", "/hasty", overrides)
 
 
 def image_uri(colour: str = "red", size: tuple[int, int] = (64, 64), kind: str = "png") -> str:
@@ -161,7 +161,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
+    """Serve a bundle by the embedded config, changed as said."""
     from ray import serve
 
     from serve_apps.builder import build, load_serve_config
@@ -171,10 +172,14 @@ def _deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -
     return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
 
 
-def build_tiny_bundle(home: Path) -> Bundle:
-    """Save a bundle in a home of its own, which is `MMLLM_HOME` from then on; weights come from the usual one."""
+def build_tiny_bundle(home: Path, whisper: Path | None = None) -> Bundle:
+    """Save a bundle in a home of its own, which is `MMLLM_HOME` from then on; weights come from the usual one.
+
+    Args:
+        whisper: other weights than the embedded profile's.
+    """
     profile = load_profile("embedded")
-    whisper, language = resolve(profile.audio.source), resolve(profile.language.source)
+    whisper, language = whisper or resolve(profile.audio.source), resolve(profile.language.source)
     os.environ["MMLLM_HOME"] = str(home)
     return _build_bundle(profile, whisper, language, home)
 
