@@ -180,8 +180,14 @@ def _tries(config: AudioConfig, task: SpeechTask) -> list[tuple[float, bool]]:
 def _has_failed(decoded: Decoded, in_full: bool) -> bool:
     if _is_silence(decoded):
         return False
-    stopped = not in_full and not decoded.is_whole
-    return stopped or decoded.compression_ratio > _REPEATS_ABOVE or decoded.avg_logprob < _UNSURE_BELOW
+    strayed = not in_full and (not decoded.is_whole or _says_twice(decoded.tokens))
+    return strayed or decoded.compression_ratio > _REPEATS_ABOVE or decoded.avg_logprob < _UNSURE_BELOW
+
+
+def _says_twice(tokens: Sequence[int], n: int = 3) -> bool:
+    """Whether any `n` tokens come twice: what is read with little silence after it is sometimes heard again."""
+    runs = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return len(set(runs)) < len(runs)
 
 
 def _likeness(decoded: Decoded) -> tuple[bool, bool, float]:

@@ -14,7 +14,9 @@ import openai
 import pytest
 
 from mmllm_core.evaluation.speech_synthesis import EspeakSpeaker, EspeakVoice
+from mmllm_core.evaluation.wer import word_error_rate
 from tests.serve_apps.conftest import Service, build_tiny_bundle, deploy, image_uri, wav
+from tests.spoken_sentences import SENTENCES, joined_recordings
 from tests.whisper_weights import whisper_base
 
 pytestmark = pytest.mark.slow
@@ -86,10 +88,8 @@ def test_text_and_subtitles(service: Service, speech: bytes) -> None:
     assert post(service, file=speech, response_format="vtt").headers["content-type"].startswith("text/vtt")
 
 
-@pytest.mark.parametrize("file", ["wav", "silence"])
 @pytest.mark.parametrize("kind", ["json", "text", "srt", "verbose_json", "vtt"])
-def test_silence_is_empty_in_every_format(service: Service, kind: str, file: str) -> None:
-    del file
+def test_silence_is_empty_in_every_format(service: Service, kind: str) -> None:
     reply = post(service, file=wav(np.zeros(32_000)), response_format=kind)
     assert reply.status_code == 200
     if "json" in kind:
@@ -99,18 +99,16 @@ def test_silence_is_empty_in_every_format(service: Service, kind: str, file: str
         assert reply.text.strip() in ("", "WEBVTT")
 
 
-def long_clip(speech: bytes, times: int = 12) -> bytes:
-    """A recording of somebody who says the same many times, with pauses."""
-    from mmllm_core.audio import decode_audio
-
-    said = decode_audio(speech, 60)
-    return wav(np.concatenate([np.concatenate([said, np.zeros(16_000)]) for _ in range(times)]))
+@pytest.fixture(scope="module")
+def long_clip() -> bytes:
+    """Sixteen sentences in more than a minute."""
+    return wav(joined_recordings())
 
 
-def test_a_stream_tells_segments_as_they_are_heard(service: Service, speech: bytes) -> None:
-    clip = long_clip(speech)
+def test_a_stream_tells_segments_as_they_are_heard(service: Service, long_clip: bytes) -> None:
+    clip = long_clip
     whole = service.client().audio.transcriptions.create(model="tiny", file=("a.wav", clip))
-    assert whole.text.count("do it for free") == 12
+    assert word_error_rate([" ".join(SENTENCES)], [whole.text]).rate < 0.1
     events = list(service.client().audio.transcriptions.create(model="tiny", file=("a.wav", clip), stream=True))
     assert [event.type for event in events] == ["transcript.text.delta"] * (len(events) - 1) + ["transcript.text.done"]
     assert len(events) > 2
@@ -125,10 +123,9 @@ def test_a_verbose_stream_has_times(service: Service, speech: bytes) -> None:
     assert done.language == "english"
 
 
-def test_who_leaves_a_stream_keeps_nobody_waiting(service: Service, speech: bytes) -> None:
-    clip = long_clip(speech, times=15)
+def test_who_leaves_a_stream_keeps_nobody_waiting(service: Service, speech: bytes, long_clip: bytes) -> None:
     for _ in range(3):
-        files = {"file": ("a.wav", clip)}
+        files = {"file": ("a.wav", long_clip)}
         data = {"model": "tiny", "stream": "true"}
         with httpx.stream("POST", service.base_url + URL, data=data, files=files, timeout=60) as reply:
             next(reply.iter_lines())
@@ -258,7 +255,7 @@ def test_a_stream_that_cannot_begin_is_refused_before_it_does(service: Service) 
 @pytest.mark.parametrize("case", BAD_FIELDS)
 def test_fields_that_cannot_be_used_are_refused_by_name(service: Service, speech: bytes, case: str) -> None:
     fields, param = BAD_FIELDS[case]
-    assert param.split(".")[0] in refused(post(service, file=speech, **fields), 400, param)["message"] or "language"
+    assert refused(post(service, file=speech, **fields), 400, param)["message"]
 
 
 def test_english_weights_do_not_translate(service: Service, speech: bytes) -> None:
@@ -277,7 +274,7 @@ def test_forms_that_cannot_be_read_are_refused(service: Service, speech: bytes) 
     with_boundary = {"content-type": "multipart/form-data; boundary=a"}
     assert httpx.post(url, content=cut, headers=with_boundary).status_code == 400
     assert httpx.post(url, content=b"\0" * 100, headers=with_boundary).status_code == 400
-    refused(post(service), 400, None if post(service).json()["error"]["param"] is None else "file")
+    refused(httpx.post(url, files={"model": (None, "tiny")}), 400, "file")
     many = {f"field{i}": "1" for i in range(2000)}
     refused(post(service, file=speech, **many), 400, None)
     refused(post(service, file=speech, prompt="x" * 100_000), 400, None)
@@ -298,7 +295,7 @@ def test_the_description_says_what_forms_hold(service: Service) -> None:
         assert json.dumps(schema).count("$ref") == 0
 
 
-def test_seconds_of_sound_count_as_work_while_they_are_heard(speech: bytes, tmp_path: Path) -> None:
+def test_seconds_of_sound_count_as_work_while_they_are_heard(speech: bytes, long_clip: bytes, tmp_path: Path) -> None:
     """Without HTTP: what the autoscaler is told, and that nobody's clip is heard any further when he has left."""
     import asyncio
 
@@ -319,12 +316,12 @@ def test_seconds_of_sound_count_as_work_while_they_are_heard(speech: bytes, tmp_
         return decode(windows, *arguments)
 
     engine.decode = counted  # type: ignore[method-assign]
-    clip = Upload(long_clip(speech, times=40), "file")
+    clip = Upload(long_clip, "file")
 
     async def leave() -> None:
         pieces = whisper.listen(SpeechCall(clip, SpeechTask(), 1800))
         assert not (await anext(pieces)).segments
-        assert whisper.record_autoscaling_stats()["work"] == pytest.approx(40 * 4, rel=0.1)
+        assert whisper.record_autoscaling_stats()["work"] == pytest.approx(len(long_clip) / 32_000, abs=0.1)
         assert (await anext(pieces)).segments
         await pieces.aclose()
         assert whisper.record_autoscaling_stats()["work"] == 0
