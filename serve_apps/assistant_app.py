@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
+from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
 from serve_apps.embedding_protocol import parse_embedding_request
 from serve_apps.files_api import FilesApi
@@ -34,6 +35,7 @@ from serve_apps.openai_replies import (
     ModelNotFound,
     Reply,
     event,
+    require_model,
     to_failure,
 )
 from serve_apps.perception import Fingerprints, Perceiver, Perception
@@ -70,6 +72,7 @@ class Assistant:
         self.files = FilesApi(config.files, self._perceiver) if config.files else None
         self._vocabulary: list[bytes] = []
         self._readiness = Readiness(clip, whisper, phi, config)
+        self.speech = SpeechApi(whisper, models, config.limits)
         self._models = models
         self.config = config
         self._started = int(time.time())
@@ -109,7 +112,7 @@ class Assistant:
                 # base64 of megabytes takes its time: other requests should not wait for it
                 call = await asyncio.to_thread(parse_request, body, self.config.limits, self._elsewhere(request))
                 del body
-                self._require_model(call.model)
+                require_model(call.model, self._models)
                 seen = await self._perceiver.perceive(call.images, call.clips)
                 reply = await self._reply(call, seen)
                 chunks = self._speak(call, seen, reply.id, deadline)
@@ -134,17 +137,12 @@ class Assistant:
         body = await read_body(request, limits.max_body_bytes)
         call = await asyncio.to_thread(parse_embedding_request, body, limits, self._elsewhere(request))
         del body
-        self._require_model(call.model)
+        require_model(call.model, self._models)
         found = await self._perceiver.embed(call.inputs, call.dimensions)
         return JSONResponse(await asyncio.to_thread(call.reply, found))
 
     def _elsewhere(self, request: Request) -> Elsewhere:
         return Elsewhere(self.files.of(request) if self.files else None, self.config.image_urls is not None)
-
-    def _require_model(self, model: str) -> None:
-        if model not in self._models:
-            known = "' or '".join(self._models)
-            raise ModelNotFound(f"this model does not exist here: ask for '{known}'", "model")
 
     async def _reply(self, call: ChatCall, seen: Perception) -> Reply:
         if call.sampling.logprobs is not None and not self._vocabulary:
@@ -263,6 +261,8 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     async def readyz() -> Response:
         """Ask every part for a real answer."""
         return await assistant.ready()
+
+    add_audio_routes(app, assistant.speech)
 
     # Below /v1 nothing falls through to the chat page, whose answers no API client understands.
     @app.api_route("/v1/{rest:path}", methods=_METHODS, include_in_schema=False)

@@ -24,7 +24,7 @@ from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
 from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_same_base
-from serve_apps.whisper_app import WhisperDeployment
+from serve_apps.whisper_app import WhisperDeployment, require_hearing
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
@@ -53,10 +53,12 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
 
     Raises:
         BundleError: a bundle is missing, incomplete or altered, or one of `phi.adapters` has another base.
-        ConfigError: it is not for the engine that the config names.
+        ConfigError: it is not for an engine that the config names.
+        EnvironmentLack: such an engine is not installed.
     """
     opened = Bundle.open(bundle)
     require_servable(opened, config.phi)
+    require_hearing(opened, config.whisper)
     folder = opened.folder.absolute()
     name = model or opened.info.name
     bundles = {name: ServedBundle.of(opened)} | _adapters(config.phi, opened, name)

@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mmllm_core.config import Name, StrictModel, VllmConfig
+from mmllm_core.config import AudioConfig, Name, SpeechDtype, SpeechEngine, StrictModel, VllmConfig, parse_config
 from mmllm_core.data.feature_location import absolute_location
+from mmllm_core.errors import ConfigError
 from serve_apps.autoscaling_config import (
     AudioAutoscaling,
     Autoscaling,
@@ -133,11 +134,29 @@ class ClipConfig(ModelDeploymentConfig):
 
 
 class WhisperConfig(ModelDeploymentConfig):
-    """Sound -> transcripts."""
+    """Sound -> transcripts. How Whisper is run is the bundle's profile's to say, unless it is said here."""
 
     modality = "audio"
 
     autoscaling: AudioAutoscaling | None = None
+    engine: SpeechEngine | None = None
+    compute_type: SpeechDtype | None = None
+    beam_size: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    tail_seconds: float | None = Field(default=None, ge=0)
+
+    def audio(self, profile: AudioConfig) -> AudioConfig:
+        """How Whisper is run.
+
+        Raises:
+            ConfigError: the engine does not compute in that, or the device does not.
+        """
+        names = ("engine", "compute_type", "beam_size", "batch_size", "tail_seconds")
+        said = {name: value for name in names if (value := getattr(self, name)) is not None}
+        audio = parse_config(AudioConfig, profile.model_dump() | said, "whisper")
+        if self.device == "cpu" and audio.compute_type in ("float16", "int8_float16"):
+            raise ConfigError(f"whisper.compute_type: {audio.compute_type} is for GPUs: set int8 or float32")
+        return audio
 
 
 class PhiConfig(ModelDeploymentConfig):
@@ -235,6 +254,8 @@ class Limits(StrictModel):
     request_timeout_s: float = Field(default=300.0, gt=0)
     max_images: int = Field(default=8, ge=0)
     max_audio_clips: int = Field(default=4, ge=0)
+    max_transcription_seconds: float = Field(default=1800.0, gt=0)
+    """Of a clip that is sent to be transcribed; in a chat the profile's `audio.max_seconds` holds."""
     max_text_chars: int = Field(default=200_000, gt=0)
     """Typed text of a whole conversation; the model's context is checked later, token by token."""
     max_answers: int = Field(default=8, gt=0)

@@ -4,9 +4,9 @@ In: a request. Out: a `Form`, or an error that names the field. Bytes are counte
 in a temporary file until it is whole. Does not know what forms are for.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fastapi import Request
 from starlette.datastructures import UploadFile
@@ -29,18 +29,21 @@ class Form:
         file: the bytes of the field `file`.
         filename: as the client called it; never to be used as a path.
         fields: the other fields, each once.
+        lists: fields that may be given several times, by their names without `[]`.
     """
 
     file: bytes
     filename: str
     fields: Mapping[str, str]
+    lists: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-async def read_form(request: Request, max_file_bytes: int, known: Collection[str]) -> Form:
+async def read_form(request: Request, max_file_bytes: int, known: Collection[str], lists: Collection[str] = ()) -> Form:
     """Read a form whose one file is in the field `file`.
 
     Args:
         known: names of the other fields that there may be.
+        lists: names of those that there may be several of; clients write `name[]` or `name`.
 
     Raises:
         BadInput: not such a form, or a field that is missing, unknown, given twice, too long, or not text.
@@ -56,11 +59,15 @@ async def read_form(request: Request, max_file_bytes: int, known: Collection[str
         try:
             form = await parser.parse()
         except MultiPartException as error:
-            raise BadInput(f"the form cannot be read: {error.message.rstrip('.')}") from None
+            raise BadInput(f"the form cannot be read: {_reason(error)}") from None
     try:
         fields: dict[str, str] = {}
+        several: dict[str, list[str]] = {}
         for name, value in form.multi_items():
             if name == "file":
+                continue
+            if (plain := name.removesuffix("[]")) in lists and isinstance(value, str):
+                several.setdefault(plain, []).append(value)
                 continue
             if name not in known or isinstance(value, UploadFile):
                 raise BadInput(f"'{_shown(name)}': this field is unknown", _shown(name))
@@ -73,9 +80,18 @@ async def read_form(request: Request, max_file_bytes: int, known: Collection[str
         data = await files[0].read()
         if len(data) > max_file_bytes:
             raise BadInput(f"'file': {len(data)} bytes, and at most {max_file_bytes} are allowed", "file")
-        return Form(data, files[0].filename or "", fields)
+        return Form(data, files[0].filename or "", fields, several)
     finally:
         await form.close()
+
+
+def _reason(error: MultiPartException) -> str:
+    """What is wrong with a form, in our own words."""
+    if "Too many" in error.message:
+        return f"at most one file and {MAX_FIELDS} other fields are allowed"
+    if "maximum size" in error.message:
+        return f"a field besides the file is longer than {MAX_FIELD_BYTES} bytes"
+    return "it is not a valid multipart body"
 
 
 def _shown(name: str) -> str:

@@ -32,6 +32,17 @@ class ModelNotFound(BadInput):
     status = 404
 
 
+def require_model(model: str, known: Sequence[str]) -> None:
+    """Refuse a model that is not one of those `known`.
+
+    Raises:
+        ModelNotFound: it names those that are.
+    """
+    if model not in known:
+        there_are = "' or '".join(known)
+        raise ModelNotFound(f"this model does not exist here: ask for '{there_are}'", "model")
+
+
 class BodyTooLarge(BadInput):
     """A request body above the limit."""
 

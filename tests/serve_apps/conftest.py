@@ -182,10 +182,14 @@ def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) ->
     return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
 
 
-def build_tiny_bundle(home: Path) -> Bundle:
-    """Save a bundle in a home of its own, which is `MMLLM_HOME` from then on; weights come from the usual one."""
+def build_tiny_bundle(home: Path, whisper: Path | None = None) -> Bundle:
+    """Save a bundle in a home of its own, which is `MMLLM_HOME` from then on; weights come from the usual one.
+
+    Args:
+        whisper: other weights than the embedded profile's.
+    """
     profile = load_profile("embedded")
-    whisper, language = resolve(profile.audio.source), resolve(profile.language.source)
+    whisper, language = whisper or resolve(profile.audio.source), resolve(profile.language.source)
     os.environ["MMLLM_HOME"] = str(home)
     return _build_bundle(profile, whisper, language, home)
 
