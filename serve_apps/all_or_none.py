@@ -5,10 +5,7 @@ Does not know what they are.
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentResponse
+from typing import Any, TypeVar
 
 ResultT = TypeVar("ResultT")
 
@@ -22,13 +19,4 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, ResultT]]) -> list[Resu
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        raise
-
-
-async def result_of(response: "DeploymentResponse") -> Any:
-    """A deployment's answer; whoever stops waiting for it cancels the call."""
-    try:
-        return await response
-    except BaseException:
-        response.cancel()
         raise

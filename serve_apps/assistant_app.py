@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
+from serve_apps.asking import again, ask, begun
 from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
 from serve_apps.embedding_protocol import parse_embedding_request
@@ -115,11 +116,14 @@ class Assistant:
                 require_model(call.model, self._models)
                 seen = await self._perceiver.perceive(call.images, call.clips)
                 reply = await self._reply(call, seen)
-                chunks = self._speak(call, seen, reply.id, deadline)
+
+                def speak() -> AsyncGenerator[EngineChunk, None]:
+                    return self._speak(call, seen, reply.id, deadline)
+
                 if not call.stream:
-                    return JSONResponse(await _whole(reply, chunks))
+                    return JSONResponse(await again(lambda: _whole(reply, speak())))
                 # The first chunk is awaited before the status is sent, so that a refusal is a 4xx and not an event.
-                first = await anext(chunks)
+                first, chunks = await begun(speak)
             events = _events(reply, first, chunks, include_usage=call.include_usage, request_id=request_id)
             return StreamingResponse(
                 events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -146,7 +150,7 @@ class Assistant:
 
     async def _reply(self, call: ChatCall, seen: Perception) -> Reply:
         if call.sampling.logprobs is not None and not self._vocabulary:
-            self._vocabulary = await self._phi.vocabulary.remote()
+            self._vocabulary = await ask(self._phi.vocabulary.remote)
         told = self._vocabulary if call.sampling.logprobs is not None else []
         id, now = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         return Reply(id, call.model, seen.transcripts, now, call.sampling.n, told)

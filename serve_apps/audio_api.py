@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from serve_apps.asking import again, begun
 from serve_apps.config import Limits
 from serve_apps.http_body import clean_request_id, error_response
 from serve_apps.multipart import read_form
@@ -59,12 +60,14 @@ class SpeechApi:
                 require_model(asked.model, [*self._models, ALIAS])
                 call = SpeechCall(Upload(form.file, "file"), asked.task, self._limits.max_transcription_seconds)
                 del form
-                pieces = self._listen(call, deadline)
+
+                def listen() -> AsyncGenerator[Heard, None]:
+                    return self._listen(call, deadline)
+
                 if not asked.stream:
-                    async with aclosing(pieces):
-                        return _reply(asked, all_heard([piece async for piece in pieces]))
+                    return _reply(asked, await again(lambda: _whole(listen())))
                 # The first piece is awaited before the status is sent, so that a refusal is a 4xx and not an event.
-                first = await anext(pieces)
+                first, pieces = await begun(listen)
             return StreamingResponse(
                 _events(asked, first, pieces, request_id),
                 media_type="text/event-stream",
@@ -86,6 +89,11 @@ class SpeechApi:
                 yield heard
         finally:
             response.cancel()
+
+
+async def _whole(pieces: AsyncGenerator[Heard, None]) -> Heard:
+    async with aclosing(pieces):
+        return all_heard([piece async for piece in pieces])
 
 
 def _reply(asked: SpeechRequest, heard: Heard) -> Response:

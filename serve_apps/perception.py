@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmllm_core.errors import ImageError
-from serve_apps.all_or_none import all_or_none, result_of
+from serve_apps.all_or_none import all_or_none
+from serve_apps.asking import ask
 from serve_apps.content_hash import content_hash
 from serve_apps.embeddings import Embeddings, TypedText
 from serve_apps.feature_cache import FeatureCache, Features
@@ -81,7 +82,7 @@ class Perceiver:
             ImageError, AudioError: it cannot be used.
         """
         if kind == "image":
-            [seen] = await result_of(self._clip.see.remote([upload]))
+            [seen] = await ask(lambda: self._clip.see.remote([upload]))
             return seen
         return Heard(self._fingerprints.audio, await self._transcribe(upload))
 
@@ -92,7 +93,7 @@ class Perceiver:
             ImageError, BadInput: as `ClipDeployment.embed`.
         """
         given = await all_or_none(_as_it_is(one) if isinstance(one, TypedText) else self._upload(one) for one in inputs)
-        return await result_of(self._clip.embed.remote(given, dimensions))
+        return await ask(lambda: self._clip.embed.remote(given, dimensions))
 
     async def _see_all(self, images: Sequence[ImageSource]) -> Any:
         if not images:
@@ -101,7 +102,7 @@ class Perceiver:
         unknown = [i for i, features in enumerate(found) if features is None]
         if unknown:
             uploads = await all_or_none(self._upload(images[i]) for i in unknown)
-            for i, seen in zip(unknown, await result_of(self._clip.see.remote(uploads)), strict=True):
+            for i, seen in zip(unknown, await ask(lambda: self._clip.see.remote(uploads)), strict=True):
                 found[i] = seen.features
                 await self._keep_features(images[i], seen)
         return np.stack([features for features in found if features is not None])  # (n_images, n_patches, d_vision)
@@ -119,7 +120,7 @@ class Perceiver:
         return text
 
     async def _transcribe(self, upload: Upload) -> str:
-        return (await result_of(self._whisper.transcribe.remote(upload))).text
+        return (await ask(lambda: self._whisper.transcribe.remote(upload))).text
 
     async def _known_features(self, image: ImageSource) -> Features | None:
         if isinstance(image, Upload):
