@@ -110,6 +110,25 @@ def serve(
 
 
 @app.command()
+def reload(
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name that it shall answer under; the first that is served.")
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Let another bundle of the same base answer in a running service, without a restart."""
+    from cluster.local import running_ray
+    from cluster.server import reload_bundle
+    from mmllm_core.bundle import Bundle
+
+    opened = Bundle.open(bundle) if bundle else Bundle.latest()
+    with running_ray(verbose=verbose), console.status(f"loading '{opened.info.name}' beside what is served"):
+        name = reload_bundle(opened, model)
+    console.print(f"model {name} answers by bundle '{opened.info.name}'")
+
+
+@app.command()
 def chat(
     question: Annotated[str | None, typer.Argument(help="Ask once; without it, talk until Ctrl-D.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to send along.")] = None,

@@ -13,6 +13,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from mmllm_core.errors import EnvironmentLack
+
 MODALITIES = ("vision", "audio", "text")
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")]
@@ -76,6 +78,30 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         ray.shutdown()
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def running_ray(*, verbose: bool = False) -> Iterator[None]:
+    """Run the block on a Ray that runs already: the one that `RAY_ADDRESS` names, or the last one on this machine.
+
+    Raises:
+        EnvironmentLack: there is none.
+    """
+    import ray
+
+    level = logging.INFO if verbose else logging.ERROR
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=verbose, logging_level=level)
+    except ConnectionError as error:
+        raise EnvironmentLack(
+            "no Ray runs here: start the assistant with 'mmllm serve', or name a RAY_ADDRESS"
+        ) from error
+    for name in ("ray.serve", "ray"):
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _interrupt(*_: object) -> NoReturn:

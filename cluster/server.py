@@ -101,6 +101,50 @@ def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
         serve.shutdown()
 
 
+def reload_bundle(bundle: Bundle, model: str | None = None) -> str:
+    """Let another bundle answer in the service on the Ray that is connected, without a restart.
+
+    Requests that are on their way end on the bundle that they began with.
+
+    Args:
+        bundle: of the same base as the one that is served; every replica reads it where it lies.
+        model: the name under which it shall answer; the first that is served if None.
+
+    Returns:
+        The model's name.
+
+    Raises:
+        EnvironmentLack: no assistant is served there.
+        BundleError: the bundle has another base.
+        MmllmError: no such model is served, or a replica could not load the bundle and goes on with the old one.
+    """
+    from ray import serve
+
+    from serve_apps.builder import APP_NAME, PHI, build
+    from serve_apps.served_bundles import ServedBundle, require_same_base
+
+    if APP_NAME not in serve.status().applications:
+        raise EnvironmentLack("no assistant is served on this Ray: start it with 'mmllm serve'")
+    config: ServeConfig = serve.get_app_handle(APP_NAME).built_by.remote().result()
+    replicas = serve.get_deployment_handle(PHI, APP_NAME)
+    served: dict[str, ServedBundle] = replicas.broadcast("served").results()[0]
+    first = next(iter(served))
+    model = model or first
+    if model not in served:
+        raise MmllmError(f"model '{model}' is not served: choose one of {', '.join(served)}")
+    require_same_base(served[first].open(), bundle)
+    wanted = served | {model: ServedBundle.of(bundle)}
+    adapters = {name: served_bundle.folder for name, served_bundle in wanted.items() if name != first}
+    config = config.model_copy(update={"phi": config.phi.model_copy(update={"adapters": adapters})})
+    serve.run(build(config, wanted[first].folder, first), name=APP_NAME, route_prefix="/")
+    if any(found[model] != wanted[model] for found in replicas.broadcast("served").results()):
+        raise MmllmError(
+            f"a replica could not load bundle '{bundle.info.name}' and goes on with the old one; its log says why: "
+            "reload one that can be loaded, for new replicas begin with this one"
+        )
+    return model
+
+
 def wait_for_ever() -> None:
     """Block until Ctrl-C."""
     while True:

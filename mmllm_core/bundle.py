@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mmllm_core.connectors import Connector
     from mmllm_core.model import MultimodalLM
+    from mmllm_core.text_tower import ClipTextEncoder
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray", "open_clip_torch", "mmllm")
@@ -115,6 +116,11 @@ class Bundle:
             raise BundleError(f"{pointer.parent}: no bundle yet: run 'make demo', or 'mmllm train embedded-instruct'")
         return cls.open(pointer.parent / pointer.read_text(encoding="utf-8").strip())
 
+    def digests(self, folder: str) -> dict[str, str]:
+        """sha256 of every file below a folder of the bundle, by its path, as the manifest has it."""
+        manifest = _read_json(self.folder, "manifest.json")
+        return {name: digest for name, digest in manifest.items() if name.startswith(f"{folder}/")}
+
     @property
     def profile(self) -> Profile:
         """Which weights the assistant is made of."""
@@ -144,6 +150,14 @@ class Bundle:
                 f"on {self.info.feature_fingerprint}"
             )
         return encoder
+
+    def load_text_tower(self, device: str = "cpu") -> "ClipTextEncoder | None":
+        """Load CLIP's text tower, or None where the bundle's CLIP has none that belongs to its vision tower."""
+        from mmllm_core.text_tower import ClipTextEncoder, has_text_tower
+
+        weights = self.weights(self.profile.vision.source)
+        trained_apart = self.info.recipe.get("stage") == "end_to_end"
+        return None if trained_apart or not has_text_tower(weights) else ClipTextEncoder(weights, device)
 
     def load_model(self, device: str = "cpu") -> "MultimodalLM":
         """Load LM, adapter and connector, frozen and in eval mode."""

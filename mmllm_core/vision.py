@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mmllm_core.config import VisionConfig
 from mmllm_core.errors import ImageError, WeightsError
@@ -29,19 +29,24 @@ CLIP_CONFIG = "open_clip_config.json"
 CLIP_WEIGHTS = "open_clip_model.safetensors"
 MAX_ASPECT_RATIO = 100
 """Longer side over shorter: CLIP's preprocessing scales the shorter side up, and crops the longer one only then."""
+MIN_SIDE, MAX_SIDE = 4, 16_384
+"""Pixels of a side: a dot shows nothing, and the decoders' own limits begin beyond the most."""
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
 def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Image.Image:
-    """Decode an image to upright RGB; of an animation, the first frame.
+    """Decode an image to upright RGB of 8 bits.
+
+    Of an animation the first frame is seen, of a file that holds several pictures the first. EXIF's orientation is
+    applied, palettes and CMYK are converted, transparent areas become white, and 16 bits a channel become 8.
 
     Args:
         max_pixels: width times height allowed, checked from the header before any pixel is decoded.
         param: the request field that the bytes came from, for the error.
 
     Raises:
-        ImageError: empty, not one of `IMAGE_FORMATS`, truncated, larger than `max_pixels`, or a strip longer than
-            `MAX_ASPECT_RATIO`.
+        ImageError: empty, not one of `IMAGE_FORMATS`, truncated, larger than `max_pixels`, with a side outside of
+            `MIN_SIDE` to `MAX_SIDE`, or a strip longer than `MAX_ASPECT_RATIO`.
     """
     if not data:
         raise ImageError("the image is empty", param)
@@ -58,9 +63,9 @@ def decode_image(data: bytes, max_pixels: int, param: str | None = None) -> Imag
                 rgba = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
             return image.convert("RGB")
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes of them
         raise ImageError(f"the image could not be read: send a whole {', '.join(IMAGE_FORMATS)} file", param) from error
 
 
@@ -71,6 +76,8 @@ def size_problem(image: Image.Image, max_pixels: int) -> str | None:
         return f"{size} at most {max_pixels} are allowed: send a smaller one"
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         return f"{size} one side may be at most {MAX_ASPECT_RATIO} times the other: cut it"
+    if min(image.size) < MIN_SIDE or max(image.size) > MAX_SIDE:
+        return f"{size} a side may have {MIN_SIDE} to {MAX_SIDE}: send another size"
     return None
 
 
@@ -119,6 +126,11 @@ class ClipEncoder:
         return int(self._clip_config["model_cfg"]["vision_cfg"]["width"])
 
     @property
+    def d_embedding(self) -> int:
+        """Width of the space that CLIP shares with texts."""
+        return int(self._clip_config["model_cfg"]["embed_dim"])
+
+    @property
     def n_patches(self) -> int:
         """Features an image gives, CLS included where it is kept."""
         return self.tower.n_patches
@@ -148,11 +160,34 @@ class ClipEncoder:
         Returns:
             float16 (n_images, n_patches, d_vision), contiguous.
         """
+        return self.encode_pixels(self.preprocess(images))
+
+    def encode_pixels(self, pixels: "torch.Tensor") -> NDArray[np.float16]:
+        """Encode a batch that is preprocessed: float32 (n_images, 3, h, w).
+
+        Returns:
+            float16 (n_images, n_patches, d_vision), contiguous.
+        """
         import torch
 
         with torch.inference_mode():
-            features = self.tower(self.preprocess(images).to(self.device))  # (b, n_patches, d_vision)
+            features = self.tower(pixels.to(self.device))  # (b, n_patches, d_vision)
             return np.ascontiguousarray(features.to(torch.float16).cpu().numpy())
+
+    def embed_pixels(self, pixels: "torch.Tensor") -> NDArray[np.float32]:
+        """What whole images are, in the space that CLIP shares with texts (`mmllm_core.text_tower`).
+
+        Args:
+            pixels: float32 (n_images, 3, h, w), preprocessed.
+
+        Returns:
+            float32 (n_images, d_embedding), each of length one.
+        """
+        import torch
+
+        with torch.inference_mode():
+            pooled = self.tower.visual(pixels.to(self.device, self.tower.dtype))  # (b, d_embedding)
+            return torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
 
 
 def n_features(grid: tuple[int, int], config: VisionConfig) -> int:

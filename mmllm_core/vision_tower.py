@@ -19,6 +19,9 @@ from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS, n_features, read_clip_c
 _PREFIX = "visual."
 """Of the vision tower's keys in open_clip's layout; they are the keys of a `VisionTower` too."""
 
+TEXT_TOWER_IS_STALE = {"mmllm.text_tower": "stale"}
+"""In the metadata of weights whose vision tower was trained on without the text tower beside it."""
+
 
 class VisionTower(nn.Module):
     """One layer's output of a CLIP vision tower, its patches merged and CLS kept as the config says.
@@ -96,7 +99,7 @@ class VisionTower(nn.Module):
 
 
 def load_vision_tower(config: VisionConfig, weights: Path) -> VisionTower:
-    """Build the vision tower alone, frozen and in float32: an assistant never runs CLIP's text tower.
+    """Build the vision tower alone, frozen and in float32: answers never need CLIP's text tower.
 
     Args:
         weights: folder in open_clip's layout; only keys under `visual.` are read.
@@ -123,8 +126,8 @@ def load_vision_tower(config: VisionConfig, weights: Path) -> VisionTower:
 def save_vision(tower: VisionTower, source: Path, folder: Path) -> None:
     """Write a trained tower in open_clip's layout: the source's files, with the vision tower's weights in their place.
 
-    Weights keep the dtypes that the source has, and CLIP's other parts stay as they were: its text tower no longer
-    belongs to what the vision tower became.
+    Weights keep the dtypes that the source has, and CLIP's other parts stay as they were. Its text tower no longer
+    belongs to what the vision tower became, which the file says of itself (`TEXT_TOWER_IS_STALE`).
 
     Args:
         source: folder that the tower was loaded from.
@@ -143,4 +146,4 @@ def save_vision(tower: VisionTower, source: Path, folder: Path) -> None:
     state |= {key: tensor.detach().to("cpu", state[key].dtype).contiguous() for key, tensor in trained.items()}
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source / CLIP_CONFIG, folder / CLIP_CONFIG)
-    save_file(state, folder / CLIP_WEIGHTS)
+    save_file(state, folder / CLIP_WEIGHTS, metadata={"format": "pt"} | TEXT_TOWER_IS_STALE)

@@ -9,6 +9,7 @@ Without keys the service is for this machine alone: requests must name a loopbac
 turned away, so that no web page that somebody looks at here can use it. Does not know bodies or models' answers.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +24,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_apps.access_config import AccessConfig, is_loopback, require_keys_unless_loopback
 from serve_apps.api_keys import ApiKey, KeyRing
 from serve_apps.credentials import presented_key
-from serve_apps.openai_replies import Failure, ModelNotFound, error_response
+from serve_apps.http_body import error_response
+from serve_apps.openai_replies import Failure
 from serve_apps.passage import GuardedBody, Passage
 from serve_apps.rate_limit import RateLimiter
 from serve_apps.request_record import RequestRecord
@@ -51,19 +53,9 @@ class Caller:
         """The key's id, or ""."""
         return self.key.id if self.key else ""
 
-    def may_use(self, model: str) -> bool:
-        """Whether the caller may ask for a model."""
-        return self.key is None or self.key.models is None or model in self.key.models
-
-    def require_model(self, model: str) -> None:
-        """Refuse a model as if it did not exist.
-
-        Raises:
-            ModelNotFound: the key is for other models.
-        """
-        if not self.may_use(model):
-            allowed = ", ".join(self.key.models or []) if self.key else ""
-            raise ModelNotFound(f"this model does not exist for your key: it may ask for {allowed or 'none'}", "model")
+    def allowed(self, models: Sequence[str]) -> list[str]:
+        """Of models, those that the caller may ask for; others are refused as if they did not exist."""
+        return [model for model in models if self.key is None or self.key.models is None or model in self.key.models]
 
     def spend(self, tokens: int) -> None:
         """Count what a request took; the door does, by what routes wrote into its `RequestRecord`."""

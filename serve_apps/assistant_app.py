@@ -7,36 +7,39 @@ A disconnect or the deadline cancels whatever still runs for a request. Does not
 
 import asyncio
 import os
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from numpy.typing import NDArray
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
 from serve_apps.access import Caller, caller_of, guard
+from serve_apps.asking import again, ask, begun
+from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
+from serve_apps.embedding_protocol import parse_embedding_request
+from serve_apps.files_api import FilesApi
+from serve_apps.http_body import error_response, failure_of, read_body
 from serve_apps.http_errors import answer_errors, answer_unknown_paths, describe
+from serve_apps.image_fetch import ImageFetcher
+from serve_apps.media import Elsewhere
+from serve_apps.media_routes import add_embedding_route, add_file_routes
 from serve_apps.metrics_page import add_metrics_route
 from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
 from serve_apps.openai_replies import (
     DONE,
-    BodyTooLarge,
     Json,
     ModelNotFound,
     Reply,
-    error_response,
     event,
-    to_failure,
+    require_model,
 )
+from serve_apps.perception import Fingerprints, Perceiver, Perception
 from serve_apps.prompt import Prompt
 from serve_apps.readiness import Readiness
 from serve_apps.request_record import Recorded, RequestRecord, record_of
@@ -45,20 +48,13 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 
-@dataclass(frozen=True)
-class Perception:
-    """What was seen and heard in one request."""
-
-    features: NDArray[np.float16] | None  # (n_images, n_patches, d_vision)
-    transcripts: list[str]
-
-
 class Assistant:
     """The ingress deployment.
 
     Args:
         clip, whisper, phi: handles of `ClipDeployment`, `WhisperDeployment` and `PhiDeployment`.
-        model: the id under which the assistant is asked for.
+        models: the ids that can be asked for, the usual one first.
+        fingerprints: of what sees and hears.
     """
 
     def __init__(
@@ -66,34 +62,41 @@ class Assistant:
         clip: "DeploymentHandle",
         whisper: "DeploymentHandle",
         phi: "DeploymentHandle",
-        model: str,
+        models: list[str],
         config: ServeConfig,
+        fingerprints: Fingerprints,
     ):
-        self._clip = clip
-        self._whisper = whisper
         self._phi = phi
+        fetcher = ImageFetcher(config.image_urls) if config.image_urls else None
+        self._perceiver = Perceiver(clip, whisper, fingerprints, fetcher, config.ingress.cache_bytes)
+        self.files = FilesApi(config.files, self._perceiver) if config.files else None
         self._vocabulary: list[bytes] = []
         self._readiness = Readiness(clip, whisper, phi, config)
-        self._model = model
-        self._config = config
+        self.speech = SpeechApi(whisper, models, config.limits)
+        self._models = models
+        self.config = config
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
         app = build_http_app(self)
-        guard(app, self._config)
-        app.add_middleware(Recorded, config=self._config.observability)  # before the door: what it refuses is told too
-        if self._config.ui:
+        guard(app, self.config)
+        app.add_middleware(Recorded, config=self.config.observability)  # before the door: what it refuses is told too
+        if self.config.ui:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
             from serve_apps.ui import mount_chat_page
 
-            mount_chat_page(app, self._config.http.base_url, self._model)
+            mount_chat_page(app, self.config.http.base_url, self._models[0])
         return app
+
+    def built_by(self) -> ServeConfig:
+        """The config of this service."""
+        return self.config
 
     def models(self, caller: Caller) -> list[Json]:
         """The models that a caller can ask for."""
-        ids = [id for id in (self._model,) if caller.may_use(id)]
-        return [{"id": id, "object": "model", "created": self._started, "owned_by": "mmllm"} for id in ids]
+        told = {"object": "model", "created": self._started, "owned_by": "mmllm"}
+        return [{"id": model} | told for model in caller.allowed(self._models)]
 
     async def ready(self) -> Response:
         """Say which parts answer; 503 if one does not that should."""
@@ -103,56 +106,61 @@ class Assistant:
 
     async def chat(self, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`; never raises but for cancellation."""
-        request_id, record = clean_request_id(request.headers.get("x-request-id")), record_of(request)
-        deadline = asyncio.get_running_loop().time() + self._config.limits.request_timeout_s
+        record = record_of(request)
+        deadline = asyncio.get_running_loop().time() + self.config.limits.request_timeout_s
         try:
             async with asyncio.timeout_at(deadline):
-                body = await read_body(request, self._config.limits.max_body_bytes)
+                body = await read_body(request, self.config.limits.max_body_bytes)
                 # base64 of megabytes takes its time: other requests should not wait for it
-                call = await asyncio.to_thread(parse_request, body, self._config.limits)
+                call = await asyncio.to_thread(parse_request, body, self.config.limits, self._elsewhere(request))
                 del body
-                caller_of(request).require_model(call.model)
-                if call.model != self._model:
-                    raise ModelNotFound(f"this model does not exist here: ask for '{self._model}'", "model")
+                require_model(call.model, caller_of(request).allowed(self._models))
                 record.model, record.stream = call.model, call.stream
                 seen = await self._perceive(call, record)
                 reply = await self._reply(call, seen)
-                chunks = self._speak(call, seen, reply.id, deadline, record)
+
+                def speak() -> AsyncGenerator[EngineChunk, None]:
+                    return self._speak(call, seen, reply.id, deadline, record)
+
                 if not call.stream:
-                    return JSONResponse(await _whole(reply, chunks))
+                    return JSONResponse(await again(lambda: _whole(reply, speak())))
                 # The first chunk is awaited before the status is sent, so that a refusal is a 4xx and not an event.
-                first = await anext(chunks)
-            events = _events(
-                reply, first, chunks, include_usage=call.include_usage, request_id=request_id, record=record
-            )
+                first, chunks = await begun(speak)
+            events = _events(reply, first, chunks, include_usage=call.include_usage, request=request)
             return StreamingResponse(
                 events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
             )
         except Exception as error:
-            failure = to_failure(error, request_id)
-            record.error = failure.code
-            return error_response(failure)
+            return error_response(failure_of(error, request))
 
     async def _perceive(self, call: ChatCall, record: RequestRecord) -> Perception:
-        """See and hear at the same time; what still runs when one call fails is cancelled."""
         record.images, record.audio_clips = len(call.images), len(call.clips)
         with record.trace.span("perceive") as (_, trace):
-            seeing = [self._clip.encode.remote(call.images, trace.traceparent)] if call.images else []
-            hearing = [self._whisper.transcribe.remote(clip, trace.traceparent) for clip in call.clips]
-            try:
-                results = await asyncio.gather(*seeing, *hearing)
-            except BaseException:
-                for response in (*seeing, *hearing):
-                    response.cancel()
-                raise
-        features, transcripts = results[0] if seeing else None, results[len(seeing) :]
-        record.audio_seconds = sum(transcript.seconds for transcript in transcripts)
-        record.perceived = time.perf_counter()
-        return Perception(features, [transcript.text for transcript in transcripts])
+            seen = await self._perceiver.perceive(call.images, call.clips, trace.traceparent)
+        record.audio_seconds, record.perceived = seen.audio_seconds, time.perf_counter()
+        return seen
+
+    async def embed(self, request: Request) -> Response:
+        """Answer `POST /v1/embeddings`.
+
+        Raises:
+            BadInput: something cannot be embedded; it names the field.
+        """
+        limits = self.config.limits
+        body = await read_body(request, limits.max_body_bytes)
+        call = await asyncio.to_thread(parse_embedding_request, body, limits, self._elsewhere(request))
+        del body
+        require_model(call.model, caller_of(request).allowed(self._models))
+        record_of(request).model = call.model
+        found = await self._perceiver.embed(call.inputs, call.dimensions)
+        return JSONResponse(await asyncio.to_thread(call.reply, found))
+
+    def _elsewhere(self, request: Request) -> Elsewhere:
+        return Elsewhere(self.files.of(request) if self.files else None, self.config.image_urls is not None)
 
     async def _reply(self, call: ChatCall, seen: Perception) -> Reply:
         if call.sampling.logprobs is not None and not self._vocabulary:
-            self._vocabulary = await self._phi.vocabulary.remote()
+            self._vocabulary = await ask(self._phi.vocabulary.remote)
         told = self._vocabulary if call.sampling.logprobs is not None else []
         id, now = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
         return Reply(id, call.model, seen.transcripts, now, call.sampling.n, told)
@@ -163,8 +171,9 @@ class Assistant:
         """The LM's chunks, until each answer has ended; closing the generator cancels the LM's request."""
         messages = with_transcripts(call, seen.transcripts)
         seconds = deadline - asyncio.get_running_loop().time()
-        prompt = Prompt(id, messages, seen.features, call.sampling, seconds, record.trace.traceparent)
-        response = self._phi.options(stream=True).generate.remote(prompt)
+        model = call.model if len(self._models) > 1 else ""  # of one there is nothing to choose
+        prompt = Prompt(id, messages, seen.features, call.sampling, seconds, model, record.trace.traceparent)
+        response = self._phi.options(stream=True, multiplexed_model_id=model).generate.remote(prompt)
         unfinished = call.sampling.n
         try:
             while unfinished:
@@ -195,8 +204,7 @@ async def _events(
     chunks: AsyncGenerator[EngineChunk, None],
     *,
     include_usage: bool,
-    request_id: str,
-    record: RequestRecord,
+    request: Request,
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a streamed answer; an error that comes now is an event too."""
     last: dict[int, EngineChunk] = {}
@@ -211,9 +219,7 @@ async def _events(
                     last[chunk.index] = chunk
                     yield event(reply.finish(chunk))
         except Exception as error:
-            failure = to_failure(error, request_id)
-            record.error = failure.code
-            yield event(failure.body)
+            yield event(failure_of(error, request).body)
         else:
             if include_usage:
                 yield event(reply.closing_usage(list(last.values())))
@@ -246,6 +252,11 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         """Answer a conversation of text, images and speech."""
         return await assistant.chat(request)
 
+    timeout_s = assistant.config.limits.request_timeout_s
+    parts_of_body |= add_embedding_route(app, assistant.embed, timeout_s)
+    if assistant.files:
+        add_file_routes(app, assistant.files, timeout_s)
+
     @app.get("/v1/models")
     async def list_models(request: Request) -> Json:
         """List the models that are served."""
@@ -255,9 +266,9 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     async def get_model(request: Request, model: str) -> Json | Response:
         """Describe one model."""
         found = [entry for entry in assistant.models(caller_of(request)) if entry["id"] == model]
-        return (
-            found[0] if found else error_response(to_failure(ModelNotFound("this model does not exist", "model"), ""))
-        )
+        if found:
+            return found[0]
+        return error_response(failure_of(ModelNotFound("this model does not exist", "model"), request))
 
     @app.get("/healthz")
     async def healthz() -> Json:
@@ -269,37 +280,9 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         """Ask every part for a real answer."""
         return await assistant.ready()
 
+    add_audio_routes(app, assistant.speech)
+
     add_metrics_route(app)
     answer_unknown_paths(app)  # after all other routes
     describe(app, parts_of_body)
     return app
-
-
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Read a request's body.
-
-    Raises:
-        BodyTooLarge: it is longer than `max_bytes`. Of a longer one as much again is read and dropped, since many
-            clients see a reset connection instead of the answer when nobody reads what they send.
-    """
-    pieces: list[bytes] = []
-    n_bytes = 0
-    async for piece in request.stream():
-        n_bytes += len(piece)
-        if n_bytes <= max_bytes:
-            pieces.append(piece)
-        else:
-            pieces.clear()
-        if n_bytes > 2 * max_bytes:
-            break
-    if n_bytes > max_bytes:
-        raise BodyTooLarge(f"the request is larger than the {max_bytes} bytes that are allowed: send smaller files")
-    return b"".join(pieces)
-
-
-def clean_request_id(given: str | None) -> str:
-    """A request id that is safe to log: the caller's, stripped of what has no business in one, or a new one.
-
-    Serve's HTTP proxy writes `x-request-id` on the response, whether the caller gave it or not.
-    """
-    return re.sub(r"[^A-Za-z0-9._:-]", "", given or "")[:128] or uuid.uuid4().hex

@@ -4,24 +4,29 @@ Knows which class each deployment runs and under which name. Does not start Ray 
 the bundle is opened only to be verified and for its name.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
+import mmllm_core
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import StrictModel, load_config
 from mmllm_core.errors import ConfigError
 from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
-from serve_apps.config import DeploymentConfig, ServeConfig
+from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
 from serve_apps.observability_config import ObservabilityConfig
+from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
-from serve_apps.whisper_app import WhisperDeployment
+from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_same_base
+from serve_apps.whisper_app import WhisperDeployment, require_hearing
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
@@ -38,30 +43,71 @@ class ServeArgs(StrictModel):
     bundle: Path
 
 
-def build(config: ServeConfig, bundle: Path) -> "Application":
+def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Application":
     """Compose the deployments.
+
+    What is built of an equal config and of bundles with an equal base can take each other's place while it runs: Serve
+    lets the LM's replicas change bundles (`PhiDeployment.reconfigure`) and restarts none.
 
     Args:
         bundle: folder of a bundle that every replica can read under this path.
+        model: the name that it is asked for by; its own if None.
 
     Raises:
-        BundleError: the bundle is missing, incomplete or altered.
-        ConfigError: it is not for the engine that the config names.
+        BundleError: a bundle is missing, incomplete or altered, or one of `phi.adapters` has another base.
+        ConfigError: it is not for an engine that the config names.
+        EnvironmentLack: such an engine is not installed.
     """
     opened = Bundle.open(bundle)
     require_servable(opened, config.phi)
+    require_hearing(opened, config.whisper)
     folder = opened.folder.absolute()
+    name = model or opened.info.name
+    bundles = {name: ServedBundle.of(opened)} | _adapters(config.phi, opened, name)
     drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
+    base = version_of(config, opened, list(bundles))
 
-    def deployment(cls: type, name: str, part: DeploymentConfig) -> "Deployment":
+    def deployment(cls: type, name: str, part: DeploymentConfig, **more: Any) -> "Deployment":
         logs = logging_config(config.observability)
-        return serve.deployment(cls, name=name, logging_config=logs, **serving_options(part, drain_s))
+        options = serving_options(part, drain_s) | {"logging_config": logs} | more
+        # Serve's own versions are new ones whenever something is deployed, and replicas of another version restart.
+        return serve.deployment(cls, name=name, **options).options(version=base, _internal=True)
 
     clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip, config.observability)
     whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper, config.observability)
-    phi = deployment(PhiDeployment, PHI, config.phi).bind(folder, config.phi, config.observability)
+    wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
+    phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi, config.observability)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    return ingress.bind(clip, whisper, phi, opened.info.name, config)
+    hears = hashlib.sha256(opened.profile.audio.model_dump_json().encode()).hexdigest()[:16]
+    fingerprints = Fingerprints(opened.info.feature_fingerprint, hears)
+    return ingress.bind(clip, whisper, phi, list(bundles), config, fingerprints)
+
+
+def _adapters(config: PhiConfig, first: Bundle, name: str) -> dict[str, ServedBundle]:
+    """The further bundles of a config, by model name; all that is known against them is said here."""
+    found = {}
+    for other, folder in config.adapters.items():
+        if other == name:
+            raise ConfigError(f"phi.adapters: '{other}' is the name of the first bundle: give it another")
+        opened = Bundle.open(folder)
+        require_same_base(first, opened)
+        require_servable(opened, config)
+        found[other] = ServedBundle.of(opened)
+    return found
+
+
+def version_of(config: ServeConfig, bundle: Bundle, models: list[str]) -> str:
+    """What must be equal for running replicas to stay: code, config, model names, and all of a bundle but its training.
+
+    Two services of one version differ in the bundles' connectors and adapters alone.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for folder in (Path(__file__).parent, Path(mmllm_core.__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(file.read_bytes())
+    told = [config.model_dump(mode="json", exclude={"phi": {"adapters"}}), models, base_of(bundle)]
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
 
 
 def app(args: ServeArgs) -> "Application":
@@ -110,7 +156,17 @@ def serving_options(config: DeploymentConfig, drain_s: float) -> dict[str, Any]:
         "max_queued_requests": config.max_queued_requests,
         "graceful_shutdown_timeout_s": drain_s,
         "ray_actor_options": config.ray_actor_options.model_dump(),
-    } | _scaling(config)
+    } | (_scaling(config) | _routing(config))
+
+
+def _routing(config: DeploymentConfig) -> dict[str, Any]:
+    if not isinstance(config, PhiConfig) or config.routing != "prefix":
+        return {}
+    router = RequestRouterConfig(
+        request_router_class="serve_apps.prefix_router.PrefixRouter",
+        request_router_kwargs={"imbalance": config.routing_imbalance},
+    )
+    return {"request_router_config": router}
 
 
 def _scaling(config: DeploymentConfig) -> dict[str, Any]:

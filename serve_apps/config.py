@@ -5,11 +5,12 @@ application.
 """
 
 import os
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from mmllm_core.config import StrictModel, VllmConfig
+from mmllm_core.config import AudioConfig, Name, SpeechDtype, SpeechEngine, StrictModel, VllmConfig, parse_config
 from mmllm_core.data.feature_location import absolute_location
 from mmllm_core.errors import ConfigError
 from serve_apps.access_config import AccessConfig, require_keys_unless_loopback
@@ -21,6 +22,7 @@ from serve_apps.autoscaling_config import (
     VisionAutoscaling,
     WorkAutoscaling,
 )
+from serve_apps.files_config import FilesConfig, ImageUrlsConfig
 from serve_apps.observability_config import ObservabilityConfig
 
 
@@ -134,11 +136,29 @@ class ClipConfig(ModelDeploymentConfig):
 
 
 class WhisperConfig(ModelDeploymentConfig):
-    """Sound -> transcripts."""
+    """Sound -> transcripts. How Whisper is run is the bundle's profile's to say, unless it is said here."""
 
     modality = "audio"
 
     autoscaling: AudioAutoscaling | None = None
+    engine: SpeechEngine | None = None
+    compute_type: SpeechDtype | None = None
+    beam_size: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
+    tail_seconds: float | None = Field(default=None, ge=0)
+
+    def audio(self, profile: AudioConfig) -> AudioConfig:
+        """How Whisper is run.
+
+        Raises:
+            ConfigError: the engine does not compute in that, or the device does not.
+        """
+        names = ("engine", "compute_type", "beam_size", "batch_size", "tail_seconds")
+        said = {name: value for name in names if (value := getattr(self, name)) is not None}
+        audio = parse_config(AudioConfig, profile.model_dump() | said, "whisper")
+        if self.device == "cpu" and audio.compute_type in ("float16", "int8_float16"):
+            raise ConfigError(f"whisper.compute_type: {audio.compute_type} is for GPUs: set int8 or float32")
+        return audio
 
 
 class PhiConfig(ModelDeploymentConfig):
@@ -157,10 +177,22 @@ class PhiConfig(ModelDeploymentConfig):
     """Whether the LM is dequantized and its adapter merged as a replica starts. It answers sooner then, and takes two
     or four bytes a weight, by the dtype that it is computed in. vLLM always dequantizes, and otherwise applies the
     adapter as it computes."""
+    adapters: dict[Name, Annotated[Path, AfterValidator(Path.absolute)]] = Field(default_factory=dict)
+    """Folders of further bundles, by the model name that they are asked for by. They share the base LM and all else of
+    the bundle that is served, and have their own adapters and connectors. No adapter is merged then, the first bundle's
+    neither, so that requests for any of them are computed together; `merged` dequantizes the LM alone."""
+    adapters_in_memory: int = Field(default=8, gt=0)
+    """Bundles, the first included, whose adapters a replica holds; the one unused longest makes room for another."""
     step_tokens: int = Field(default=256, gt=0)
     """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)
     """Text that comes within it travels together; the first piece never waits."""
+    routing: Literal["prefix", "requests"] = "prefix"
+    """Which replica is asked: the one that has computed most of what the conversation begins with, or the less busy of
+    two."""
+    routing_imbalance: int = Field(default=8, ge=0)
+    """By how many requests the replica that has computed a conversation's beginning may be busier than the least busy
+    one before it is passed over."""
 
     @model_validator(mode="after")
     def _settings_are_of_the_engine(self) -> "PhiConfig":
@@ -194,6 +226,8 @@ class IngressConfig(DeploymentConfig):
     autoscaling: RequestAutoscaling | None = None
     max_ongoing_requests: int = Field(default=256, gt=0)
     max_queued_requests: int = Field(default=-1, ge=-1)
+    cache_bytes: int = Field(default=32_000_000, ge=0)
+    """Features that a replica remembers of images that requests brought along: a repeated one is not sent to CLIP."""
 
     @model_validator(mode="after")
     def _always_there(self) -> "IngressConfig":
@@ -226,11 +260,15 @@ class Limits(StrictModel):
     request_timeout_s: float = Field(default=300.0, gt=0)
     max_images: int = Field(default=8, ge=0)
     max_audio_clips: int = Field(default=4, ge=0)
+    max_transcription_seconds: float = Field(default=1800.0, gt=0)
+    """Of a clip that is sent to be transcribed; in a chat the profile's `audio.max_seconds` holds."""
     max_messages: int = Field(default=1_000, gt=0)
     max_text_chars: int = Field(default=200_000, gt=0)
     """Typed text of a whole conversation; the model's context is checked later, token by token."""
     max_answers: int = Field(default=8, gt=0)
     """That one request may ask for (`n`)."""
+    max_embeddings: int = Field(default=128, gt=0)
+    """Texts and images that one request may ask vectors of."""
     max_schema_chars: int = Field(default=50_000, gt=0)
     """Of a JSON schema that answers shall keep to."""
     default_max_tokens: int = Field(default=256, gt=0)
@@ -253,6 +291,10 @@ class ServeConfig(StrictModel):
     ui: bool = True
     """Whether the chat page is served at `/`; where keys are asked for, it asks for one too."""
     limits: Limits = Limits()
+    files: FilesConfig | None = None
+    """Uploaded files; left out, there are none."""
+    image_urls: ImageUrlsConfig | None = None
+    """Whether images may be named by https URLs; left out, they may not."""
     ingress: IngressConfig = IngressConfig()
     clip: ClipConfig
     whisper: WhisperConfig

@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from serve_apps.access import OPEN_PATHS
-from serve_apps.openai_replies import Failure, Json, error_response, to_failure
+from serve_apps.http_body import error_response, failure_of
+from serve_apps.openai_replies import Failure, Json
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 
@@ -65,7 +66,7 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def admit(request: Request, error: Exception) -> Response:
-        return error_response(to_failure(error, request.headers.get("x-request-id", "")))
+        return error_response(failure_of(error, request))
 
 
 def answer_unknown_paths(app: FastAPI) -> None:

@@ -5,21 +5,19 @@ or an error that names the field. Fields that cannot change an answer are ignore
 refused. Does not know HTTP or Ray.
 """
 
-import base64
-import binascii
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import FailFast, Field, ValidationError, field_validator
 from pydantic_core import ErrorDetails, from_json
 
 from mmllm_core.conversation import ImagePart, Message, Part, SpeechPart, TextPart
 from mmllm_core.engine.protocol import SamplingParams
-from mmllm_core.errors import AudioError, BadInput, ConversationError, ImageError
+from mmllm_core.errors import AudioError, BadInput, ConversationError
 from serve_apps.config import Limits
+from serve_apps.media import Elsewhere, FileUse, ImageSource, SoundSource, decoded
 from serve_apps.openai_sampling import Body, SamplingFields
-from serve_apps.upload import Upload
 
 IGNORED = (
     *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention"),
@@ -50,7 +48,7 @@ class TextContent(Body):
 
 
 class ImageUrl(Body):
-    """An image inside the request: `data:image/png;base64,...`."""
+    """An image: `data:image/png;base64,...`, a file's id, or an https URL where these are allowed."""
 
     url: str
     detail: str | None = None
@@ -78,11 +76,29 @@ class AudioContent(Body):
     input_audio: InputAudio
 
 
+class FileName(Body):
+    """A file that was uploaded before."""
+
+    file_id: str
+    filename: str | None = None
+    """Accepted and ignored, like the name that it was uploaded with."""
+
+
+class FileContent(Body):
+    """An uploaded image or sound."""
+
+    type: Literal["file"]
+    file: FileName
+
+
+Content = TextContent | ImageContent | AudioContent | FileContent
+
+
 class ChatMessage(Body):
     """One turn; a reply's own message can be sent back as it came."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[Annotated[TextContent | ImageContent | AudioContent, Field(discriminator="type")]]
+    content: Annotated[list[Annotated[Content, Field(discriminator="type")]], FailFast()]
     """A string, or a list of parts."""
     name: str | None = None
     refusal: str | None = None
@@ -112,7 +128,7 @@ class ChatRequest(SamplingFields):
     """The fields of a request that are understood."""
 
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1)  # FailFast: of a million errors one
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -123,27 +139,24 @@ class ChatCall:
 
     model: str
     messages: tuple[Message, ...]
-    images: tuple[Upload, ...]
-    clips: tuple[Upload, ...]
+    images: tuple[ImageSource, ...]
+    clips: tuple[SoundSource, ...]
     sampling: SamplingParams
     stream: bool
     include_usage: bool
 
 
-def parse_request(body: bytes, limits: Limits) -> ChatCall:
+def parse_request(body: bytes, limits: Limits, elsewhere: Elsewhere = Elsewhere()) -> ChatCall:
     """Read and check a request body.
+
+    Args:
+        elsewhere: what the request may name instead of bringing it along.
 
     Raises:
         BadInput: not JSON, a field that is missing, wrong, unknown or unsupported, or too much of something;
             `param` names the field.
     """
-    require_few_values(body, limits.max_json_values)
-    try:
-        values = from_json(body, allow_inf_nan=False)  # which refuses what is nested more than 200 deep
-    except ValueError as error:
-        raise BadInput(f"the body is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise BadInput("the body must be a JSON object")
+    values = json_object(body, limits)
     if isinstance(messages := values.get("messages"), list) and len(messages) > limits.max_messages:
         raise BadInput(
             f"the request holds {len(messages)} messages and at most {limits.max_messages} are allowed", "messages"
@@ -154,18 +167,25 @@ def parse_request(body: bytes, limits: Limits) -> ChatCall:
     try:
         request = ChatRequest.model_validate({k: v for k, v in values.items() if k not in IGNORED})
     except ValidationError as error:
-        raise _to_bad_input(error.errors(include_url=False)[0]) from None
-    return _to_call(request, limits)
+        raise to_bad_input(error.errors(include_url=False)[0]) from None
+    return _to_call(request, limits, elsewhere)
 
 
-def require_few_values(body: bytes, most: int) -> None:
-    """Refuse JSON that would take far more memory than its size, before it is read.
+def json_object(body: bytes, limits: Limits) -> dict[str, Any]:
+    """A body that is a JSON object.
 
     Raises:
-        BadInput: more than `most` commas, lists and objects together, which is at least its number of values.
+        BadInput: it is not, or would take far more memory than its size.
     """
-    if body.count(b",") + body.count(b"[") + body.count(b"{") > most:
-        raise BadInput(f"the body holds more than {most} values: send fewer")
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > limits.max_json_values:
+        raise BadInput(f"the body holds more than {limits.max_json_values} values: send fewer")
+    try:
+        values = from_json(body, allow_inf_nan=False)  # which refuses what is nested more than 200 deep
+    except ValueError as error:
+        raise BadInput(f"the body is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise BadInput("the body must be a JSON object")
+    return values
 
 
 def with_transcripts(call: ChatCall, transcripts: Sequence[str]) -> tuple[Message, ...]:
@@ -178,7 +198,7 @@ def with_transcripts(call: ChatCall, transcripts: Sequence[str]) -> tuple[Messag
     return tuple(replace(message, parts=tuple(_heard_parts(message, heard))) for message in call.messages)
 
 
-def _heard_parts(message: Message, heard: Iterator[tuple[str, Upload]]) -> Iterator[Part]:
+def _heard_parts(message: Message, heard: Iterator[tuple[str, SoundSource]]) -> Iterator[Part]:
     silent = not any(isinstance(p, ImagePart) or (isinstance(p, TextPart) and p.text.strip()) for p in message.parts)
     clip = None
     for part in message.parts:
@@ -191,20 +211,27 @@ def _heard_parts(message: Message, heard: Iterator[tuple[str, Upload]]) -> Itera
         raise AudioError("no speech was heard in the audio: send a clip in which somebody speaks", clip.param)
 
 
-def _to_call(request: ChatRequest, limits: Limits) -> ChatCall:
-    images: list[Upload] = []
-    clips: list[Upload] = []
+def _to_call(request: ChatRequest, limits: Limits, elsewhere: Elsewhere) -> ChatCall:
+    images: list[ImageSource] = []
+    clips: list[SoundSource] = []
     n_chars = 0
 
-    def convert(part: TextContent | ImageContent | AudioContent, param: str) -> Part:
+    def convert(part: Content, param: str) -> Part:
         nonlocal n_chars
         if isinstance(part, TextContent):
             n_chars += len(part.text)
             return TextPart(part.text)
         if isinstance(part, ImageContent):
-            images.append(_image_upload(part.image_url.url, f"{param}.image_url"))
+            images.append(elsewhere.image(part.image_url.url, f"{param}.image_url"))
             return ImagePart()
-        clips.append(_upload(part.input_audio.data, f"{param}.input_audio", AudioError))
+        if isinstance(part, AudioContent):
+            clips.append(decoded(part.input_audio.data, f"{param}.input_audio", AudioError))
+            return SpeechPart("")
+        use: FileUse = elsewhere.file(part.file.file_id, f"{param}.file.file_id")
+        if use.file.record.kind == "image":
+            images.append(use)
+            return ImagePart()
+        clips.append(use)
         return SpeechPart("")
 
     messages = []
@@ -236,25 +263,6 @@ def _to_call(request: ChatRequest, limits: Limits) -> ChatCall:
     )
 
 
-def _image_upload(url: str, param: str) -> Upload:
-    head, comma, data = url.partition(",")
-    media_type, _, encoding = head.removeprefix("data:").partition(";")
-    if not head.startswith("data:") or not comma:
-        raise ImageError(
-            "only images inside the request are accepted: give a data URI such as 'data:image/png;base64,...'", param
-        )
-    if not media_type.startswith("image/") or not encoding.endswith("base64"):
-        raise ImageError("the data URI must begin with 'data:image/...;base64,'", param)
-    return _upload(data, param, ImageError)
-
-
-def _upload(data: str, param: str, error: type[ImageError] | type[AudioError]) -> Upload:
-    try:
-        return Upload(base64.b64decode(data, validate=True), param)
-    except (binascii.Error, ValueError):
-        raise error("the data is not valid base64", param) from None
-
-
 _REASONS = {
     "missing": "this field is required",
     "extra_forbidden": "this field is unknown",
@@ -269,12 +277,15 @@ _REASONS = {
 """Problems that we say in our own words, by pydantic's name for them."""
 
 
-def _to_bad_input(problem: ErrorDetails) -> BadInput:
+def to_bad_input(problem: ErrorDetails) -> BadInput:
+    """What pydantic says of a body, in OpenAI's terms: the field and the reason."""
     location = list(problem["loc"])
     reason = _REASONS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     reason = reason.format(**problem.get("ctx", {})) if problem["type"] == "union_tag_invalid" else reason
     if location[0] == "messages" and len(location) > 4:
         del location[4]  # pydantic names the kind of part here, which is no field of the request
+    elif location[0] == "input" and len(location) > 2:
+        del location[2]
     elif location[0] == "response_format" and len(location) > 1:
         del location[1]
     elif location[0] == "stop":

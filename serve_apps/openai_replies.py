@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi.responses import JSONResponse, Response
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.requests import ClientDisconnect
@@ -31,12 +30,26 @@ class ModelNotFound(BadInput):
     """A model that is not served here."""
 
     code = "model_not_found"
+    status = 404
+
+
+def require_model(model: str, known: Sequence[str]) -> None:
+    """Refuse a model that is not one of those `known`: of what there is, what the caller may ask for.
+
+    Raises:
+        ModelNotFound: it names those that are.
+    """
+    if model not in known:
+        there_are = "' or '".join(known)
+        mend = f"ask for '{there_are}'" if known else "your API key may ask for none of those that are served"
+        raise ModelNotFound(f"this model does not exist here: {mend}", "model")
 
 
 class BodyTooLarge(BadInput):
     """A request body above the limit."""
 
     code = "request_too_large"
+    status = 413
 
 
 @dataclass(frozen=True)
@@ -159,11 +172,6 @@ class Failure:
         return {"x-should-retry": "false"} if self.status == 504 else {}
 
 
-def error_response(failure: Failure, headers: dict[str, str] | None = None) -> Response:
-    """A failure as an HTTP response, with `headers` besides its own."""
-    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers | (headers or {}))
-
-
 def to_failure(error: BaseException, request_id: str) -> Failure:
     """Say an exception to the caller; one that nobody foresaw is logged and told in general words.
 
@@ -173,8 +181,7 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
     while isinstance(error, RayTaskError):
         error = error.cause
     if isinstance(error, BadInput):
-        status = 404 if isinstance(error, ModelNotFound) else 413 if isinstance(error, BodyTooLarge) else 400
-        return Failure(status, error.message, error.code, error.param)
+        return Failure(getattr(error, "status", 400), error.message, error.code, error.param)
     if isinstance(error, ClientDisconnect):
         return Failure(499, "the request broke off", "client_closed_request")
     if isinstance(error, BackPressureError):

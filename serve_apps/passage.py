@@ -8,7 +8,8 @@ import asyncio
 from starlette.datastructures import MutableHeaders
 from starlette.types import Message, Receive, Send
 
-from serve_apps.openai_replies import BodyTooLarge, Failure, error_response, to_failure
+from serve_apps.http_body import error_response
+from serve_apps.openai_replies import BodyTooLarge, Failure, to_failure
 
 
 class Passage:

@@ -6,53 +6,76 @@ HTTP, image files or sound.
 """
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from hashlib import blake2b
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from ray.serve import get_multiplexed_model_id
 
-from mmllm_core.bundle import Bundle
+from mmllm_core.config import parse_config
 from mmllm_core.conversation import IMAGE_TOKEN_ID, render
 from mmllm_core.engine.grammar import token_bytes
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from serve_apps.config import PhiConfig
 from serve_apps.metrics import gauge
 from serve_apps.observability_config import ObservabilityConfig
-from serve_apps.phi_engine import start_engine
 from serve_apps.prompt import Prompt
+from serve_apps.served_bundles import ServedBundle, ServedBundles
 from serve_apps.tracing import Trace, start_tracing
+from serve_apps.voices import Voice, Voices
 from serve_apps.work_in_flight import WorkInFlight
+
+_log = logging.getLogger("ray.serve")
 
 
 class PhiDeployment:
     """Runs the LM of a bundle, with its adapter and connector.
+
+    Args:
+        bundles: by model name; the first is loaded as the replica starts.
 
     Raises:
         BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
         ConfigError, ExportError, EngineError: as `start_engine`.
     """
 
-    def __init__(self, bundle: Path, config: PhiConfig, observability: ObservabilityConfig = ObservabilityConfig()):
-        opened = Bundle.open(bundle)
+    def __init__(
+        self,
+        bundles: Mapping[str, ServedBundle],
+        config: PhiConfig,
+        observability: ObservabilityConfig = ObservabilityConfig(),
+    ):
+        opened = next(iter(bundles.values())).open()
         self._device = config.device
         self._work, self._kv_use = WorkInFlight("text", "tokens"), gauge("mmllm_kv_use")
         self._tracer = start_tracing(observability, "text")
         self._stream_interval_s = config.stream_interval_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
-        torch.set_num_threads(config.n_threads)
-        with ThreadPoolExecutor(1) as starting:  # its team of threads ends with it: the engine's shall be the only one
-            self._model, self._engine = starting.submit(start_engine, opened, config).result()
-        torch.set_num_threads(1)  # of the threads that embed prompts
+        self._voices = Voices(bundles, config)
         self._kv_use.set(0.0)
-        self._n_image_tokens = self._model.connector.n_tokens(opened.info.n_patches)
+
+    async def reconfigure(self, wanted: dict[str, Any]) -> None:
+        """Take Serve's `user_config`, a `ServedBundles`: let other bundles answer, while what is on its way goes on.
+
+        A bundle that cannot be loaded leaves those that answer in place and is logged: were it raised, Serve would
+        replace the replica by one that cannot start.
+        """
+        try:
+            await self._voices.change(parse_config(ServedBundles, wanted, "user_config").bundles)
+        except Exception:
+            _log.exception("the bundles that are served stay as they were")
+
+    def served(self) -> dict[str, ServedBundle]:
+        """The bundles that answer now, by model name."""
+        return self._voices.bundles
 
     async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:
         """Answer a prompt. Closing the stream, as a disconnect does, ends the request in the engine.
@@ -64,23 +87,26 @@ class PhiDeployment:
             EngineError: the engine failed.
         """
         deadline = None if prompt.seconds is None else time.monotonic() + prompt.seconds
-        trace = Trace(self._tracer, prompt.traceparent)
-        with self._work.request() as work, trace.span("generate") as (span, _):
-            request = replace(await asyncio.to_thread(self._request, prompt), deadline=deadline)
+        with (
+            self._work.request() as work,
+            Trace(self._tracer, prompt.traceparent).span("generate") as (span, _),
+            (await self._voices.of(get_multiplexed_model_id())).used() as voice,
+        ):
+            request = replace(await asyncio.to_thread(self._request, prompt, voice), deadline=deadline)
             work.amount = request.prompt_tokens
             span.set_attribute("mmllm.prompt_tokens", request.prompt_tokens)
-            async with aclosing(coalesce(self._engine.generate(request), self._stream_interval_s)) as chunks:
+            async with aclosing(coalesce(voice.engine.generate(request), self._stream_interval_s)) as chunks:
                 async for chunk in chunks:
                     if not work.begun:
                         span.add_event("first token")
                     self._work.begin(work)
+                    self._kv_use.set(self._voices.load().kv_use)
                     work.amount += len(chunk.token_ids)
-                    self._kv_use.set(self._engine.load().kv_use)
                     yield chunk
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for the tokens of prompts and answers, waiting ones too, and the use of their memory."""
-        kv_use = self._engine.load().kv_use
+        kv_use = self._voices.load().kv_use
         self._kv_use.set(kv_use)
         return self._work.stats() | {"kv_use": kv_use}
 
@@ -90,7 +116,7 @@ class PhiDeployment:
 
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
-        return self._engine.load()
+        return self._voices.load()
 
     def check_health(self) -> None:
         """Ask the engine; Serve replaces a replica whose engine is down.
@@ -98,15 +124,15 @@ class PhiDeployment:
         Raises:
             EngineError: the engine cannot serve any more.
         """
-        self._engine.health()
+        self._voices.health()
 
     @torch.inference_mode()
-    def _request(self, prompt: Prompt) -> EngineRequest:
+    def _request(self, prompt: Prompt, voice: Voice) -> EngineRequest:
         """Render and embed a prompt."""
         rendered = render(
             prompt.messages,
             self._tokenizer,
-            n_image_tokens=self._n_image_tokens,
+            n_image_tokens=voice.n_image_tokens,
             max_length=self._context_length - 1,  # an answer has at least one token
             generation_prompt=True,
         )
@@ -116,10 +142,12 @@ class PhiDeployment:
             features = torch.from_numpy(prompt.features.astype(np.float32)).to(self._device)
         return EngineRequest(
             prompt.id,
-            self._model.embed(input_ids, features)[0],  # (t, d_model)
+            voice.model.embed(input_ids, features)[0],  # (t, d_model)
             prompt.sampling,
-            self._model.media(input_ids, features),
-            content=content_of(rendered.input_ids, prompt.features, self._n_image_tokens),
+            voice.model.media(input_ids, features),
+            content=content_of(rendered.input_ids, prompt.features, voice.n_image_tokens),
+            adapter=voice.adapter,
+            namespace=voice.namespace,
         )
 
 

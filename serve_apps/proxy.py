@@ -10,7 +10,8 @@ import re
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_apps.openai_replies import Failure, error_response
+from serve_apps.http_body import error_response
+from serve_apps.openai_replies import Failure
 
 PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.proxy:middlewares"}
 """Environment variables of Ray's processes wherever a proxy runs."""

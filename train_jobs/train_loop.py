@@ -19,6 +19,7 @@ import ray.train
 from mmllm_core.config import Profile, Recipe
 from mmllm_core.errors import MmllmError
 from train_jobs.checkpoint import RunState, load_checkpoint, load_weights, save_checkpoint
+from train_jobs.checkpoint_upload import CheckpointUploads
 from train_jobs.held_out import HeldOutQuestions, write_answers
 from train_jobs.launch import worker_device
 from train_jobs.origins import Origins, build_model
@@ -110,7 +111,7 @@ class _Worker:
             for left in Path(tempfile.gettempdir()).glob(f"{self.scratch}*"):
                 shutil.rmtree(left, ignore_errors=True)
         self.device = worker_device()
-        self.uploaded_from: Path | None = None  # where the last checkpoint lies until it is uploaded
+        self.uploads = CheckpointUploads()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.origins.language)
         self.questions = HeldOutQuestions(self.recipe.evaluation_questions, self.recipe.seed)
         self.encoder: ClipEncoder | None = None
@@ -190,7 +191,7 @@ class _Worker:
             seconds = time.monotonic() - began
             ema = _smoothed(state, done.loss)
             state = RunState(state.step + 1, ema, state.before, state.seconds + seconds)
-            memory, look, uploading = self._worst(engine.device, time.monotonic() - looked > _LOOK_AROUND)
+            memory, look = self._worst(engine.device, time.monotonic() - looked > _LOOK_AROUND)
             self._say_step(state, done, rates, seconds, memory, work)
             due = state.step % recipe.checkpoint.every_steps == 0 or state.step == recipe.steps
             if look:
@@ -200,12 +201,11 @@ class _Worker:
                     self._say(event="preemption", step=state.step, nodes=notice.preempted_node_ids)
             if due:
                 ends = state.step == recipe.steps or saved_for is not None
-                self._save(engine, manifest, state, wait=ends or uploading)
+                self._save(engine, manifest, state, wait=ends)
         return state
 
     def _save(self, engine: Any, manifest: set[str], state: RunState, *, wait: bool) -> None:
-        """Write a checkpoint, and have Ray upload it while training goes on, unless it is to wait: checkpoints must not
-        pile up where storage is slower than they come."""
+        """Write a checkpoint, and have Ray upload it while training goes on, unless it is to wait."""
         folder = Path(tempfile.mkdtemp(prefix=self.scratch)) if self.rank == 0 else None
         try:
             save_checkpoint(engine, manifest, folder, state)
@@ -214,13 +214,15 @@ class _Worker:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         mode = ray.train.CheckpointUploadMode
+        if folder:
+            self.uploads.begin()
         ray.train.report(
             {"step": state.step, "loss_ema": state.loss_ema or _NOTHING_LEARNED},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,
             checkpoint_upload_mode=mode.SYNC if wait else mode.ASYNC,
+            checkpoint_upload_fn=self.uploads,
             delete_local_checkpoint_after_upload=True,
         )
-        self.uploaded_from = folder
         self._say(event="checkpoint", step=state.step)
 
     def _ask(self, model: "MultimodalLM") -> list[str]:
@@ -255,18 +257,16 @@ class _Worker:
         load_weights(model, trained.weights)
         return model
 
-    def _worst(self, device: Any, look: bool) -> tuple[float, bool, bool]:
-        """Over all workers: the most memory taken in GB, whether any wants to look for a notice, and whether the last
-        checkpoint is still being uploaded."""
+    def _worst(self, device: Any, look: bool) -> tuple[float, bool]:
+        """Over all workers: the most memory taken in GB, and whether any wants to look for a notice."""
         import torch
         import torch.distributed as dist
 
         from train_jobs.throughput import memory_gb
 
-        uploading = self.uploaded_from is not None and self.uploaded_from.exists()
-        values = torch.tensor([memory_gb(device), float(look), float(uploading)], device=device)
+        values = torch.tensor([memory_gb(device), float(look)], device=device)
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        return round(float(values[0]), 3), bool(values[1]), bool(values[2])
+        return round(float(values[0]), 3), bool(values[1])
 
     def _say_step(
         self,

@@ -30,6 +30,8 @@ from mmllm_core.config.profile import (
     ResamplerConfig,
     Sha256,
     Source,
+    SpeechDtype,
+    SpeechEngine,
     TrainedSource,
     VisionConfig,
 )
@@ -88,6 +90,8 @@ __all__ = [
     "Schedule",
     "Sha256",
     "Source",
+    "SpeechDtype",
+    "SpeechEngine",
     "StrictModel",
     "Tracker",
     "TrainedSource",

@@ -6,7 +6,7 @@ Does not know where weights lie on disk; `mmllm_core.models` does.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mmllm_core.config.reading import StrictModel
 
@@ -18,6 +18,10 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 Quantization = Literal["none", "int8", "nf4"]
 """How an LM's linear layers are held: in `dtype`, in LLM.int8() (arXiv:2208.07339) or in QLoRA's NF4
 (arXiv:2305.14314)."""
+
+SpeechEngine = Literal["faster-whisper", "openai-whisper"]
+SpeechDtype = Literal["int8", "int8_float16", "int8_float32", "float16", "float32", "default"]
+"""What Whisper computes in, by CTranslate2's names."""
 
 
 class PackageSource(StrictModel):
@@ -82,14 +86,32 @@ class VisionConfig(StrictModel):
 
 
 class AudioConfig(StrictModel):
-    """A Whisper model in CTranslate2 layout, run by faster-whisper."""
+    """A Whisper model in CTranslate2 layout, and how it is run."""
 
     source: Source
     origin: Origin | None = None
-    compute_type: Literal["int8", "float16", "float32", "default"] = "int8"
+    engine: SpeechEngine = "faster-whisper"
+    """openai-whisper runs the same weights, converted once: pip install 'mmllm[openai-whisper]'."""
+    compute_type: SpeechDtype = "int8"
     language: str | None = None
+    """Code of the language that is spoken where a request does not say; None has it detected."""
     beam_size: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    """Windows of at most 30 seconds that are decoded together. More are told later and cannot be stopped between."""
+    tail_seconds: float | None = Field(default=None, ge=0)
+    """Silence that follows a short window as it is read, by faster-whisper, at first; what fails then is read as 30
+    seconds, as Whisper was trained. None reads everything so at once."""
     max_seconds: float = Field(default=120.0, gt=0)
+    """Of a clip in a chat."""
+
+    @model_validator(mode="after")
+    def _engine_computes_in_it(self) -> "AudioConfig":
+        if self.engine == "openai-whisper" and self.compute_type not in ("float16", "float32"):
+            raise ValueError(
+                f"compute_type {self.compute_type} is faster-whisper's: openai-whisper computes in float32, or in "
+                "float16 on a GPU"
+            )
+        return self
 
 
 class LanguageConfig(StrictModel):

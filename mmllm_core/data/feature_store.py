@@ -78,6 +78,10 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._places)
 
+    def keys(self) -> list[str]:
+        """All that is stored, the oldest known first."""
+        return list(self._places)
+
     def refresh(self) -> None:
         """Take in shards that other writers have added, and let go of those that were removed."""
         for _ in range(_LISTINGS):

@@ -5,13 +5,14 @@ up, so that nothing is held twice. In float32 logits equal the LM's own to round
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from mmllm_core.engine.lora import LineAdapters, LoraLinear, Part
 from mmllm_core.engine.packed_linear import PackedLinear, pack
 from mmllm_core.engine.paged_attention import KvCache, StepLayout, attend
 from mmllm_core.engine.rope import Rope, RopeOfLine
@@ -22,15 +23,18 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "phi3")
 
 
+_Linear = PackedLinear | LoraLinear
+
+
 @dataclass(frozen=True)
 class _Layer:
     norm: Tensor  # (d_model,)
-    qkv: PackedLinear  # d_model -> (h + 2 h_kv) d
-    out: PackedLinear  # h d -> d_model
+    qkv: _Linear  # d_model -> (h + 2 h_kv) d
+    out: _Linear  # h d -> d_model
     mlp_norm: Tensor  # (d_model,)
-    gate: PackedLinear  # d_model -> d_mlp
-    up: PackedLinear  # d_model -> d_mlp
-    down: PackedLinear  # d_mlp -> d_model
+    gate: _Linear  # d_model -> d_mlp
+    up: _Linear  # d_model -> d_mlp
+    down: _Linear  # d_mlp -> d_model
 
 
 class LeanStep:
@@ -38,10 +42,16 @@ class LeanStep:
 
     shares_prefixes = True
 
-    def __init__(self, lm: "PreTrainedModel", cache: KvCache, context_length: int):
+    def __init__(
+        self, lm: "PreTrainedModel", cache: KvCache, context_length: int, adapters: LineAdapters | None = None
+    ):
         decoder: Any = lm.base_model
         self._cache = cache
-        self._layers = [_derived(layer) for layer in decoder.layers]
+        self._adapters = adapters
+        self._layers = [
+            _derived(layer) if adapters is None else _adapted(layer, f"{lm.base_model_prefix}.layers.{i}", adapters)
+            for i, layer in enumerate(decoder.layers)
+        ]
         self._norm = decoder.norm.weight
         embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
         self._head = pack(head, shared=head.weight is embedding.weight)  # d_model -> vocab
@@ -72,6 +82,8 @@ class LeanStep:
             attended = self._attend(i, layer, hidden, layout, cos, sin)  # (t, h d)
             if i == last:  # what else the line holds has given its keys and values
                 hidden, attended = hidden[layout.last], attended[layout.last]
+                if self._adapters is not None:
+                    self._adapters.keep(layout.last)
             hidden = layer.out.plus(attended, hidden)
             normed = self._normed(hidden, layer.mlp_norm)
             hidden = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), hidden)
@@ -131,4 +143,33 @@ def _derived(layer: Any) -> _Layer:
         gate,
         up,
         pack(mlp.down_proj),
+    )
+
+
+def _adapted(layer: Any, name: str, line: LineAdapters) -> _Layer:
+    """As `_derived`, of linear layers that take adapters.
+
+    Args:
+        name: of the layer in its LM.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    attn, ffn = f"{name}.self_attn", f"{name}.mlp"
+    if hasattr(attention, "qkv_proj"):
+        qkv: tuple[Part, ...] = (Part(f"{attn}.qkv_proj"),)
+        half = mlp.gate_up_proj.out_features // 2
+        gate = Part(f"{ffn}.gate_up_proj", end=half)
+        up = Part(f"{ffn}.gate_up_proj", begin=half)
+    else:
+        n_q, n_kv = attention.q_proj.out_features, attention.k_proj.out_features
+        places = {"q_proj": 0, "k_proj": n_q, "v_proj": n_q + n_kv}
+        qkv = tuple(Part(f"{attn}.{part}", at) for part, at in places.items())
+        gate, up = Part(f"{ffn}.gate_proj"), Part(f"{ffn}.up_proj")
+    plain = _derived(layer)
+    return replace(
+        plain,
+        qkv=LoraLinear(plain.qkv, qkv, line),
+        out=LoraLinear(plain.out, (Part(f"{attn}.o_proj"),), line),
+        gate=LoraLinear(plain.gate, (gate,), line),
+        up=LoraLinear(plain.up, (up,), line),
+        down=LoraLinear(plain.down, (Part(f"{ffn}.down_proj"),), line),
     )

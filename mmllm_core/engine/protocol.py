@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmllm_core.connectors import Media
+    from mmllm_core.engine.lora import LoraAdapter
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -65,6 +66,10 @@ class EngineRequest:
     from all others. Prompts that begin alike share their keys and values; without it nothing is shared."""
     deadline: float | None = None
     """When its time is up, in seconds of `time.monotonic`."""
+    adapter: "LoraAdapter | None" = None
+    """What is added to the LM for this request, in an engine that takes adapters."""
+    namespace: str = ""
+    """Prompts of different ones share nothing, for the same content gives other keys and values there."""
 
     def __post_init__(self) -> None:
         if (self.embeddings is None) == (self.token_ids is None):

@@ -48,6 +48,7 @@ class Sequence:
         self.stop_ids = stop_ids
         self.text = TextStream(tokenizer, request.sampling.stop)
         self._keys = request.keys if shares else None
+        self._root = f"{rope}{request.namespace}".encode()
         prompt = frozenset(key for key in request.keys or () if key >= 0)
         grammar = None if call.grammar is None else Grammar(call.grammar)
         self.sampling = SamplingState(request.sampling, index, prompt, stop_ids, grammar)
@@ -80,7 +81,7 @@ class Sequence:
     @cached_property
     def _prompt_names(self) -> list[PageName]:
         """Names of the pages that may be found; it may ask for them at many steps before there is room."""
-        return page_names(self._keys or (), self.rope.encode())[: (self.prompt_tokens - 1) // PAGE]
+        return page_names(self._keys or (), self._root)[: (self.prompt_tokens - 1) // PAGE]
 
     def admit(self, pool: PagePool) -> bool:
         """Take all pages that it may ever need, shared ones where its prompt was computed before; False if too few.
@@ -105,7 +106,7 @@ class Sequence:
         if n_full > len(self._names):
             begin = len(self._names) * PAGE
             all_keys = [*self._keys, *self.token_ids]
-            names = page_names(all_keys[begin : n_full * PAGE], self._names[-1] if self._names else self.rope.encode())
+            names = page_names(all_keys[begin : n_full * PAGE], self._names[-1] if self._names else self._root)
             for page, name in zip(self.pages[len(self._names) :], names, strict=False):
                 pool.publish(page, name)
             self._names += names

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from mmllm_core.engine.lean_step import LeanStep, is_lean
+from mmllm_core.engine.lora import LineAdapters, adapt_linears
 from mmllm_core.engine.packed_linear import pack_linears
 from mmllm_core.engine.paged_attention import KvCache, Paging, StepLayout, attend_in_pages
 from mmllm_core.engine.rope import Rope, RopeOfLine
 from mmllm_core.engine.unpaged_step import UnpagedStep
+from mmllm_core.errors import ConfigError
 from mmllm_core.packed_attention import PACKABLE
 
 if TYPE_CHECKING:
@@ -50,9 +52,13 @@ class PlainStep:
 
     shares_prefixes = True
 
-    def __init__(self, lm: "PreTrainedModel", cache: KvCache, context_length: int):
+    def __init__(
+        self, lm: "PreTrainedModel", cache: KvCache, context_length: int, adapters: LineAdapters | None = None
+    ):
         attend_in_pages(lm)
         pack_linears(lm)
+        if adapters is not None:
+            adapt_linears(lm, adapters)
         self._lm = lm
         self._cache = cache
         self._rope = RopeOfLine.of(lm, context_length)
@@ -76,17 +82,25 @@ class PlainStep:
         return self._lm(**inputs, use_cache=False, logits_to_keep=layout.last).logits[0]  # (n_last, vocab)
 
 
-def step_of(lm: "PreTrainedModel", n_pages: int, context_length: int) -> Step:
+def step_of(lm: "PreTrainedModel", n_pages: int, context_length: int, adapters: LineAdapters | None = None) -> Step:
     """The fastest step that there is for an LM, with a cache of its own.
 
+    Args:
+        adapters: whose the positions of each line are, where they may have several adapters.
+
     Raises:
-        ConfigError: as `PlainStep`.
+        ConfigError: as `PlainStep`; or adapters for an LM whose attention is not known.
     """
     if lm.config.model_type not in PACKABLE:
+        if adapters is not None:
+            raise ConfigError(
+                f"phi.adapters: '{lm.config.model_type}' is computed one sequence after another: serve "
+                "each bundle by itself"
+            )
         return UnpagedStep(lm)
     weight = lm.get_input_embeddings().weight
     cache = KvCache(*kv_shape(lm.config), n_pages, weight.dtype, weight.device)
-    return (LeanStep if is_lean(lm) else PlainStep)(lm, cache, context_length)
+    return (LeanStep if is_lean(lm) else PlainStep)(lm, cache, context_length, adapters)
 
 
 def kv_shape(config: Any) -> tuple[int, int, int]:

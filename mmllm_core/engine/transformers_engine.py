@@ -23,6 +23,7 @@ from torch import Tensor
 from mmllm_core.engine.call import Call, Item, positions
 from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.line_media import LineMedia
+from mmllm_core.engine.lora import LineAdapters
 from mmllm_core.engine.page_pool import PagePool
 from mmllm_core.engine.paged_attention import PAGE, StepLayout, page_bytes
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
@@ -51,6 +52,7 @@ class TransformersEngine:
         kv_cache_bytes: memory for keys and values, taken at once.
         max_sequences: that run at a time.
         step_tokens: positions of a step; prompts are computed so many at a time, less what decodes.
+        takes_adapters: whether requests may each have an adapter of their own; the LM is then plain, or quantized.
         n_threads: CPU threads of a step; as many as torch has if None. They are fast only while no other thread of the
             process has a team of its own: where there are more threads than CPUs, libgomp lets those that wait sleep,
             and every product waits until they are awake again.
@@ -70,6 +72,7 @@ class TransformersEngine:
         kv_cache_bytes: int = 1_000_000_000,
         max_sequences: int = 64,
         step_tokens: int = 256,
+        takes_adapters: bool = False,
         n_threads: int | None = None,
     ):
         self._lm = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
@@ -87,7 +90,8 @@ class TransformersEngine:
         self._capacity = self._pool.n_pages * PAGE
         self._max_sequences = max_sequences
         self._step_tokens = step_tokens
-        self._step = step_of(self._lm, self._pool.n_pages, context_length)
+        self._adapters = LineAdapters() if takes_adapters else None
+        self._step = step_of(self._lm, self._pool.n_pages, context_length, self._adapters)
         self._media = LineMedia()
         self._incoming: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._calls: dict[int, Call] = {}
@@ -105,6 +109,8 @@ class TransformersEngine:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
         """As `Engine.generate`."""
         self.health()
+        if request.adapter is not None and self._adapters is None:
+            raise EngineError(f"request {request.id} has an adapter, and the engine was started without them")
         limit = positions(request, self._context_length, self._capacity)
         rope, shares = self._step.rope_of(limit), self._step.shares_prefixes
         schema = request.sampling.json_schema
@@ -262,6 +268,8 @@ class TransformersEngine:
         line = [s.embeddings[s.n_computed : s.n_computed + n] for s, n in prompts if s.embeddings is not None]
         if decoding:
             line.insert(0, self._embed(torch.tensor([s.token_ids[-1] for s in decoding], device=self._device)))
+        if self._adapters is not None:
+            self._adapters.set([(s.call.request.adapter, n) for s, n in plan], self._device)
         media = self._media.of([(s.call.request.media, s.n_computed, n) for s, n in plan])
         with self._showing(media):
             logits = self._step(torch.cat(line), layout, [s.rope for s, _ in plan])  # (n_last, vocab)

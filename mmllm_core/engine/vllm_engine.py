@@ -8,7 +8,6 @@ and prefixes are not cached: vLLM mixes prompts up when some come as tokens or s
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -31,6 +30,7 @@ from mmllm_core.engine.call import Call, positions
 from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from mmllm_core.engine.sequence import Sequence
+from mmllm_core.engine.vllm_adapters import VllmAdapters
 from mmllm_core.engine.vllm_request import prompt_of, sampling_of, taken
 from mmllm_core.errors import ConfigError, DeadlineError, EngineError, first_line
 
@@ -62,6 +62,8 @@ class VllmEngine:
         config: of vLLM.
         device: `cpu` or `cuda`.
         adapter: folder of a LoRA adapter, in peft's format, that is applied as vLLM computes.
+        lora_rank: the largest rank of adapters that requests may have of their own; None if they have none.
+        max_adapters: of those, how many are held at a time.
         kv_cache_bytes: memory for keys and values on a CPU; on GPUs it is what `config` leaves.
         max_sequences: that run at a time.
         step_tokens: positions of a step.
@@ -83,6 +85,8 @@ class VllmEngine:
         config: VllmConfig,
         device: str = "cpu",
         adapter: Path | None = None,
+        lora_rank: int | None = None,
+        max_adapters: int = 8,
         kv_cache_bytes: int = 1_000_000_000,
         max_sequences: int = 64,
         step_tokens: int = 256,
@@ -114,12 +118,8 @@ class VllmEngine:
         }
         if device == "cpu":
             settings["kv_cache_memory_bytes"] = kv_cache_bytes
-        self._adapter: Any = None
-        if adapter is not None:
-            from vllm.lora.request import LoRARequest
-
-            self._adapter = LoRARequest(adapter.name, 1, str(adapter))
-            settings |= {"enable_lora": True, "max_lora_rank": _lora_rank(adapter)}
+        self._adapters = VllmAdapters(adapter, lora_rank, max_adapters)
+        settings |= self._adapters.settings
         try:
             with tempfile.TemporaryDirectory(prefix="mmllm-tokenizer-") as scratch:
                 tokenizer.save_pretrained(scratch)  # vLLM reads it as it starts, with the LM's config beside it
@@ -134,6 +134,8 @@ class VllmEngine:
     async def generate(self, request: EngineRequest) -> AsyncIterator[EngineChunk]:
         """As `Engine.generate`."""
         self.health()
+        if request.adapter is not None and not self._adapters.takes_own:
+            raise EngineError(f"request {request.id} has an adapter, and the engine was started without them")
         limit = positions(request, self._context_length, self._context_length)
         if request.sampling.json_schema is not None:  # vLLM compiles it again; here it is refused by our own error
             await asyncio.to_thread(self._grammars.compile, request.sampling.json_schema)
@@ -254,7 +256,9 @@ class VllmEngine:
         try:
             params = sampling_of(request.sampling, sequence.index, room, self._stop_ids)
             async with asyncio.timeout(None if until is None else max(0.0, until - time.monotonic())):
-                outputs = self._llm.generate(prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapter)
+                outputs = self._llm.generate(
+                    prompt, params, f"{request.id}-{uuid4().hex}", lora_request=self._adapters.of(request)
+                )
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
                         for chunk in taken(sequence, output.outputs[0]):
@@ -286,9 +290,3 @@ def require_vllm(config: VllmConfig, device: str) -> None:
 def _say_aborted(sequence: Sequence, work: "Future[None]") -> None:
     if work.cancelled() and not sequence.finished:  # it may never have begun
         sequence.call.send(sequence.finish("abort"))
-
-
-def _lora_rank(adapter: Path) -> int:
-    rank: int = json.loads((adapter / "adapter_config.json").read_text())["r"]
-    # vLLM knows these alone
-    return next(known for known in (8, 16, 32, 64, 128, 256, 320, 512) if known >= rank)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmllm_core.config import PathSource, VisionConfig
 from mmllm_core.errors import ImageError, WeightsError
-from mmllm_core.vision import ClipEncoder, decode_image, pixel_hash
+from mmllm_core.vision import MAX_SIDE, MIN_SIDE, ClipEncoder, decode_image, pixel_hash, size_problem
 
 LIMIT = 1_000_000
 
@@ -189,3 +189,96 @@ def test_a_strip_that_preprocessing_would_blow_up_is_refused(size: tuple[int, in
     with pytest.raises(ImageError, match="at most 100 times"):
         decode_image(encoded(Image.new("RGB", size)), 10**6, param="x")
     assert decode_image(encoded(Image.new("RGB", (1000, 10))), 10**6).size == (1000, 10)
+
+
+@pytest.mark.parametrize("size", [(MIN_SIDE - 1, 40), (40, MIN_SIDE - 1), (1, 1)])
+def test_a_dot_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ImageError, match=f"{size[0]}x{size[1]}"):
+        decode_image(encoded(Image.new("RGB", size)), LIMIT)
+    assert decode_image(encoded(Image.new("RGB", (MIN_SIDE, MIN_SIDE))), LIMIT).size == (MIN_SIDE, MIN_SIDE)
+
+
+def test_a_side_beyond_all_measure_is_refused_whatever_the_pixels() -> None:
+    class Header:
+        width, height = size = (MAX_SIDE + 1, 400)
+
+    assert "4 to 16384" in str(size_problem(Header(), 10**9))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA"])
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_every_mode_that_files_hold_becomes_rgb(mode: str, kind: str) -> None:
+    image = Image.new("RGBA", (16, 12), (200, 0, 0, 255)).convert("RGB").convert("L" if mode == "PA" else mode)
+    found = decode_image(encoded(image.convert("RGBA") if kind == "WEBP" else image, kind), LIMIT)
+    assert (found.mode, found.size) == ("RGB", (16, 12))
+
+
+def test_cmyk_keeps_its_colours() -> None:
+    red = Image.new("RGB", (16, 16), (220, 20, 20)).convert("CMYK")
+    pixel = np.asarray(decode_image(encoded(red, "JPEG", quality=95), LIMIT))[8, 8].astype(int)
+    assert np.abs(pixel - (220, 20, 20)).max() < 12
+
+
+@pytest.mark.parametrize(
+    ("orientation", "corner"), [(1, (0, 0)), (2, (47, 0)), (3, (47, 39)), (4, (0, 39)), (6, (39, 0)), (8, (0, 47))]
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_says_where_up_is(orientation: int, corner: tuple[int, int], kind: str) -> None:
+    image = Image.new("RGB", (48, 40), "white")
+    image.paste((0, 0, 0), (0, 0, 16, 16))  # the corner that is at the top left before it is turned
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixel = decode_image(encoded(image, kind, exif=exif), LIMIT).getpixel(corner)
+    assert isinstance(pixel, tuple)
+    assert max(pixel) < 60
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+def test_of_every_kind_of_animation_the_first_frame_is_seen(kind: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    assert decode_image(data, LIMIT).getpixel((3, 3)) == (255, 0, 0)
+
+
+def test_a_picture_within_the_limit_whose_frame_is_not_is_refused() -> None:
+    data = bytearray(encoded(Image.new("RGB", (64, 64), "red"), "GIF"))
+    data[6:10] = struct.pack("<HH", 8, 8)  # the screen that the header promises; the frame keeps its size
+    with pytest.raises(ImageError):
+        decode_image(bytes(data), 32 * 32)
+
+
+def test_16_bits_a_colour_become_8() -> None:
+    raw = b"".join(b"\0" + struct.pack(">HHH", 65535, 0x8000, 0) * 8 for _ in range(8))
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    assert decode_image(png, LIMIT).getpixel((0, 0)) == (255, 128, 0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_half_a_file_is_never_half_a_picture(kind: str) -> None:
+    whole = encoded(picture(200, 160), kind)
+    for share in (0.3, 0.6, 0.9):
+        with pytest.raises(ImageError):
+            decode_image(whole[: int(len(whole) * share)], LIMIT)
+
+
+def test_a_file_that_calls_itself_something_else_is_told_by_its_bytes() -> None:
+    stream = io.BytesIO()
+    picture().save(stream, "TIFF")
+    with pytest.raises(ImageError, match="PNG, JPEG"):
+        decode_image(stream.getvalue(), LIMIT)
+
+
+def test_whole_images_are_unit_vectors_alike_alone_and_in_a_batch(tiny_clip: Callable[..., Path]) -> None:
+    clip = encoder(tiny_clip())
+    pixels = clip.preprocess([picture(), picture(seed=1)])
+    both = clip.embed_pixels(pixels)
+    assert (both.shape, both.dtype) == ((2, clip.d_embedding), np.float32)
+    assert np.allclose(np.linalg.norm(both, axis=1), 1, atol=1e-5)
+    assert np.allclose(clip.embed_pixels(pixels[1:])[0], both[1], atol=1e-5)
+    assert not np.allclose(both[0], both[1], atol=1e-3)

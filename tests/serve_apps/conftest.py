@@ -29,7 +29,7 @@ from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS, ClipEncoder
 ARCHITECTURE = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32},
-    "text_cfg": {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
 
 
@@ -76,13 +76,13 @@ class Service:
 @pytest.fixture(scope="module")
 def serve_port() -> Iterator[int]:
     """Ray and Serve of our own, whatever else runs on this machine."""
-    with ray_and_serve() as port:
+    with own_serve() as port:
         yield port
 
 
 @contextmanager
-def ray_and_serve(host: str = "127.0.0.1") -> Iterator[int]:
-    """Ray and Serve of our own for the block; the port on which HTTP is served at `host`."""
+def own_serve(host: str = "127.0.0.1") -> Iterator[int]:
+    """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
     import ray
@@ -100,8 +100,8 @@ def ray_and_serve(host: str = "127.0.0.1") -> Iterator[int]:
         include_dashboard=False,
         log_to_driver=False,
     )
-    serve.start(http_options={"host": host, "port": port})
     try:
+        serve.start(http_options={"host": host, "port": port})
         yield port
     finally:
         serve.shutdown()
@@ -176,7 +176,7 @@ def free_port() -> int:
 
 
 def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
-    """Deploy the embedded config with `overrides`."""
+    """Serve a bundle by the embedded config, changed as said."""
     from ray import serve
 
     from serve_apps.builder import build, load_serve_config
@@ -186,10 +186,14 @@ def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) ->
     return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
 
 
-def build_tiny_bundle(home: Path) -> Bundle:
-    """Save a bundle in a home of its own, which is `MMLLM_HOME` from then on; weights come from the usual one."""
+def build_tiny_bundle(home: Path, whisper: Path | None = None) -> Bundle:
+    """Save a bundle in a home of its own, which is `MMLLM_HOME` from then on; weights come from the usual one.
+
+    Args:
+        whisper: other weights than the embedded profile's.
+    """
     profile = load_profile("embedded")
-    whisper, language = resolve(profile.audio.source), resolve(profile.language.source)
+    whisper, language = whisper or resolve(profile.audio.source), resolve(profile.language.source)
     os.environ["MMLLM_HOME"] = str(home)
     return _build_bundle(profile, whisper, language, home)
 
@@ -240,11 +244,13 @@ def _build_bundle(profile: Profile, whisper: Path, language: Path, folder: Path)
 
 
 def _save_clip(folder: Path) -> Path:
-    from open_clip.model import _build_vision_tower
+    from open_clip.model import _build_text_tower, _build_vision_tower
     from safetensors.torch import save_file
 
     folder.mkdir()
     tower = _build_vision_tower(ARCHITECTURE["embed_dim"], ARCHITECTURE["vision_cfg"])
-    save_file({f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}, folder / CLIP_WEIGHTS)
+    state = {f"visual.{name}": tensor for name, tensor in tower.state_dict().items()}
+    texts = _build_text_tower(ARCHITECTURE["embed_dim"], ARCHITECTURE["text_cfg"])
+    save_file(state | texts.state_dict(), folder / CLIP_WEIGHTS)
     (folder / CLIP_CONFIG).write_text(json.dumps({"model_cfg": ARCHITECTURE, "preprocess_cfg": {}}), encoding="utf-8")
     return folder

@@ -29,6 +29,8 @@ PROMPT, ANSWER, LONG_ANSWER = "Tell me of rivers. " * 30, 300, 1500
 
 CONFIG: dict[str, Any] = {
     "ui": False,
+    "ingress.cache_bytes": 0,  # callers send their images again and again
+    "clip.cache_bytes": 0,
     "clip.autoscaling": {"min_replicas": 0, "max_replicas": 3, "target_images": 16, "images_per_request": 2},
     "whisper.autoscaling": {"min_replicas": 0, "max_replicas": 3, "target_seconds": 8, "seconds_per_request": 3},
     "phi.autoscaling": {"min_replicas": 1, "max_replicas": 3, "target_tokens": 2500},
@@ -191,7 +193,7 @@ class StepLoad:
 
 
 def of_images(n_callers: int) -> list[Caller]:
-    """Callers that show large images, each its own, so that nothing is remembered."""
+    """Callers that show large images, each its own, so that nobody shares another's work."""
     callers = []
     for caller in range(n_callers):
         parts = []

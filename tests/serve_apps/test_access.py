@@ -42,7 +42,7 @@ def an_app() -> FastAPI:
     @app.get("/v1/who")
     async def who(request: Request) -> dict[str, Any]:
         caller = caller_of(request)
-        return {"owner": request.scope["mmllm.owner"], "may": [m for m in ("a", "b") if caller.may_use(m)]}
+        return {"owner": request.scope["mmllm.owner"], "may": caller.allowed(["a", "b"])}
 
     @app.post("/v1/echo")
     async def echo(request: Request) -> Response:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmllm_core.engine.protocol import EngineChunk, FinishReason
-from serve_apps.clip_app import FeatureCache
+from serve_apps.feature_cache import FeatureCache
 from serve_apps.phi_app import coalesce
 
 

@@ -20,9 +20,11 @@ from mmllm_core.engine.transformers_engine import stop_token_ids
 from mmllm_core.errors import ConversationError, ImageError
 from mmllm_core.vision import decode_image
 from serve_apps.builder import load_serve_config
-from serve_apps.clip_app import ClipDeployment, StoreReader
+from serve_apps.clip_app import ClipDeployment
+from serve_apps.feature_cache import StoreReader
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
+from serve_apps.served_bundles import ServedBundle
 from serve_apps.upload import Upload
 from tests.serve_apps.conftest import image_uri
 
@@ -33,7 +35,7 @@ PNG = base64.b64decode(image_uri("blue").partition(",")[2])
 
 @pytest.fixture(scope="module")
 def phi(bundle: Bundle) -> PhiDeployment:
-    return PhiDeployment(bundle.folder, CONFIG.phi)
+    return PhiDeployment({"tiny": ServedBundle.of(bundle)}, CONFIG.phi)
 
 
 @pytest.fixture
@@ -68,7 +70,11 @@ def test_a_served_answer_is_the_trained_models_own(
     config: ConnectorConfig, bundle_of: Callable[[ConnectorConfig], Bundle]
 ) -> None:
     bundle = bundle_of(config)
-    encoder, model, phi = bundle.load_vision(), bundle.load_model(), PhiDeployment(bundle.folder, CONFIG.phi)
+    encoder, model, phi = (
+        bundle.load_vision(),
+        bundle.load_model(),
+        PhiDeployment({"tiny": ServedBundle.of(bundle)}, CONFIG.phi),
+    )
     features = encoder.encode([decode_image(PNG, 10_000)])  # (1, n_patches, d_vision)
     rendered = render(
         QUESTION,
@@ -94,7 +100,9 @@ def test_a_served_answer_is_the_trained_models_own(
     assert served == expected[0].tolist()
     assert len(served) == 24
     assert phi.load().running == 0
-    assert getattr(phi._model.connector, "_media", None) is None, "nothing of a request stays"
+    assert getattr(asyncio.run(phi._voices.of("")).model.connector, "_media", None) is None, (
+        "nothing of a request stays"
+    )
     assert beside == asyncio.run(
         _say(phi, Prompt("c", (Message.text("user", "Hi"),), None, SamplingParams(max_tokens=24)))
     )

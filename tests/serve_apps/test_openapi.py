@@ -21,6 +21,14 @@ pytestmark = pytest.mark.slow
 EXAMPLES = int(os.environ.get("MMLLM_TEST_EXAMPLES", "30"))
 OPERATIONS = (
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/embeddings"),
+    ("POST", "/v1/audio/transcriptions"),
+    ("POST", "/v1/audio/translations"),
+    ("POST", "/v1/files"),
+    ("GET", "/v1/files"),
+    ("GET", "/v1/files/{file_id}"),
+    ("GET", "/v1/files/{file_id}/content"),
+    ("DELETE", "/v1/files/{file_id}"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("GET", "/healthz"),
@@ -33,8 +41,14 @@ WANTED = ("not_a_server_error", "status_code_conformance", "content_type_conform
 
 
 @pytest.fixture(scope="module")
-def described(bundle: Bundle, serve_port: int) -> Service:
-    return deploy(bundle, "described", "/", {"http.port": serve_port, "ui": False, "limits.default_max_tokens": 4})
+def described(bundle: Bundle, serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    overrides = {
+        "http.port": serve_port,
+        "ui": False,
+        "limits.default_max_tokens": 4,
+        "files": {"folder": str(tmp_path_factory.mktemp("files"))},
+    }
+    return deploy(bundle, "described", "/", overrides)
 
 
 def test_every_operation_is_listed(described: Service) -> None:

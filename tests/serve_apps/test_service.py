@@ -215,7 +215,7 @@ def test_the_page_and_the_api_share_a_port(service: Service) -> None:
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert httpx.get(f"{service.base_url}/healthz").json() == {"status": "ok"}
-    for method, path in (("GET", "/v1/chat/completions"), ("POST", "/v1/embeddings"), ("DELETE", "/v1/models")):
+    for method, path in (("GET", "/v1/chat/completions"), ("POST", "/v1/moderations"), ("DELETE", "/v1/models")):
         reply = httpx.request(method, service.base_url + path)
         assert reply.status_code == 404
         assert reply.json()["error"]["code"] == "not_found"

@@ -57,19 +57,19 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def wait_for(log: Path, found: Callable[[dict[str, Any]], bool], seconds: float = 400) -> None:
-    """Until a line of the log is what is waited for."""
+def wait_for(log: Path, found: Callable[[dict[str, Any]], bool], seconds: float = 400, after: int = 0) -> None:
+    """Until a line of the log, past the first `after`, is what is waited for."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if any(found(line) for line in read_metrics(log)):
+        if any(found(line) for line in read_metrics(log)[after:]):
             return
         time.sleep(0.02)
     raise TimeoutError(f"{log}: waited for {seconds:g} s")
 
 
-def wait_for_checkpoint(log: Path, step: int) -> None:
+def wait_for_checkpoint(log: Path, step: int, after: int = 0) -> None:
     """Until a checkpoint of this step or a later one was reported."""
-    wait_for(log, lambda line: line.get("event") == "checkpoint" and line["step"] >= step)
+    wait_for(log, lambda line: line.get("event") == "checkpoint" and line["step"] >= step, after=after)
 
 
 def events(run: TrainedRun, kind: str) -> list[dict[str, Any]]:
@@ -139,19 +139,21 @@ def test_a_run_takes_the_workers_that_there_are(tiny_recipe: TinyRecipe) -> None
 
 
 def interrupt(recipe: Recipe, step: int, arguments: list[str]) -> None:
-    """Train in a process of its own, and kill that when a checkpoint of `step` is there."""
+    """Train in a process of its own, and kill that when it has left a checkpoint of `step` or later."""
     path = home() / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    log = runs_folder() / recipe.name / LOG
+    n_lines = len(read_metrics(log))  # workers of a driver that was killed may have come further than it
     command = [sys.executable, "-m", "cluster.cli", "train", *(arguments or [str(path)])]
     with (home() / "driver.log").open("wb") as output:
         driver = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=os.environ)
     try:
-        wait_for_checkpoint(runs_folder() / recipe.name / LOG, step)
+        wait_for_checkpoint(log, step, after=n_lines)
     finally:
         family = psutil.Process(driver.pid).children(recursive=True)
-        driver.kill()  # the driver alone: what it started must notice
+        driver.kill()  # the driver alone: what it started goes on for a while
         driver.wait()
-        for process in psutil.wait_procs(family, timeout=30)[1]:
+        for process in psutil.wait_procs(family, timeout=2)[1]:  # but shall not come to the end of the run
             process.kill()
 
 

@@ -1,7 +1,8 @@
-"""Sound: bounded decoding, and Whisper on real speech."""
+"""Bounded decoding of sound files."""
 
 import io
 import struct
+import tracemalloc
 import wave
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +11,8 @@ import gradio
 import numpy as np
 import pytest
 
-from mmllm_core.audio import SAMPLE_RATE, Transcriber, decode_audio
-from mmllm_core.errors import AudioError, WeightsError
-from mmllm_core.models.profile import load_profile
-from mmllm_core.models.resolve import resolve
+from mmllm_core.audio import SAMPLE_RATE, decode_audio
+from mmllm_core.errors import AudioError
 
 SPEECH = Path(gradio.__file__).parent / "media_assets" / "audio" / "heath_ledger.mp3"
 
@@ -57,28 +56,6 @@ def test_sound_becomes_mono_at_16_khz(rate: int, channels: int) -> None:
     assert np.argmax(spectrum) * SAMPLE_RATE / waveform.size == pytest.approx(440, abs=5)
 
 
-@pytest.fixture(scope="module")
-def transcriber() -> Transcriber:
-    audio = load_profile("embedded").audio
-    return Transcriber(audio, resolve(audio.source), threads=1)
-
-
-def test_real_speech_is_heard(transcriber: Transcriber) -> None:
-    transcript = transcriber.transcribe(decode_audio(SPEECH.read_bytes(), 60))
-    assert "never do it for free" in transcript.text
-    assert transcript.language == "en"
-    assert 0 <= transcript.segments[0].start < transcript.segments[-1].end <= transcript.seconds + 0.5
-
-
-def test_silence_stays_silent(transcriber: Transcriber) -> None:
-    assert transcriber.transcribe(np.zeros(3 * SAMPLE_RATE, dtype=np.float32)).text == ""
-
-
-def test_a_folder_without_whisper_is_one_named_error(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="CTranslate2"):
-        Transcriber(load_profile("embedded").audio, tmp_path)
-
-
 def test_a_long_clip_is_not_decoded_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     data = wav(np.zeros(600 * SAMPLE_RATE))
     streams = []
@@ -95,7 +72,7 @@ def test_a_long_clip_is_not_decoded_to_its_end(monkeypatch: pytest.MonkeyPatch) 
             self.furthest = max(self.furthest, self.tell())
             return found
 
-    monkeypatch.setattr("mmllm_core.audio.io", SimpleNamespace(BytesIO=Recorded))
+    monkeypatch.setattr("mmllm_core.audio.decode.io", SimpleNamespace(BytesIO=Recorded))
     with pytest.raises(AudioError, match="longer"):
         decode_audio(data, 2)
     assert 0 < streams[0].furthest < len(data) / 10
@@ -108,3 +85,34 @@ def test_samples_beyond_full_scale_or_not_numbers_are_tamed() -> None:
     waveform = decode_audio(data + b"data" + struct.pack("<I", len(samples)) + samples, 60)
     assert np.isfinite(waveform).all()
     assert np.abs(waveform).max() <= 1
+
+
+def riff(rate: int, n_bytes: int) -> bytes:
+    layout = struct.pack("<IHHIIHH", 16, 1, 1, rate, (2 * rate) % 2**32, 2, 16)
+    body = b"WAVEfmt " + layout + b"data" + struct.pack("<I", n_bytes) + bytes(n_bytes)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize("rate", [1, 2**31 - 1])
+def test_a_rate_that_no_recording_has_takes_no_memory(rate: int) -> None:
+    data = riff(rate, 2_000_000)
+    tracemalloc.start()
+    with pytest.raises(AudioError):
+        decode_audio(data, 1e9)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20_000_000
+
+
+def test_a_playlist_opens_nothing(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.wav"
+    secret.write_bytes(wav(tone(1)))
+    for text in (f"ffconcat version 1.0\nfile {secret}\n", f"#EXTM3U\n#EXTINF:1,\nfile://{secret}\n#EXT-X-ENDLIST\n"):
+        with pytest.raises(AudioError, match="could not be decoded"):
+            decode_audio(text.encode(), 60)
+
+
+def test_decoding_ends_when_nobody_waits_for_it() -> None:
+    asked = iter([False, False, True])
+    waveform = decode_audio(wav(tone(60)), 100, stopped=lambda: next(asked))
+    assert waveform.size < 10 * SAMPLE_RATE

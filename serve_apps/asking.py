@@ -1,0 +1,61 @@
+"""Asks again where the replica that was asked died before the caller was told anything.
+
+Does not know what is asked.
+"""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ray.exceptions import RayActorError
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentResponse
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+"""Replicas that one request may take with it, were it the reason why they die."""
+
+
+async def again(work: Callable[[], Awaitable[T]]) -> T:
+    """What `work` gives; where a replica dies, all of it is done anew.
+
+    Raises:
+        RayActorError: every replica that was asked died.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return await work()
+        except RayActorError:
+            continue
+    return await work()
+
+
+async def ask(send: Callable[[], "DeploymentResponse"]) -> Any:
+    """A deployment's answer to what `send` sends; whoever stops waiting for it cancels the call."""
+    return await again(lambda: _result(send()))
+
+
+async def begun(start: Callable[[], AsyncGenerator[T, None]]) -> tuple[T, AsyncGenerator[T, None]]:
+    """A stream's first item, and the rest. What dies later cannot be asked again: its beginning is told already.
+
+    Raises:
+        StopAsyncIteration: there is none.
+    """
+    return await again(lambda: _first(start()))
+
+
+async def _result(response: "DeploymentResponse") -> Any:
+    try:
+        return await response
+    except BaseException:
+        response.cancel()
+        raise
+
+
+async def _first(stream: AsyncGenerator[T, None]) -> tuple[T, AsyncGenerator[T, None]]:
+    try:
+        return await anext(stream), stream
+    except BaseException:
+        await stream.aclose()
+        raise

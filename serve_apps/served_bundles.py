@@ -1,0 +1,86 @@
+"""Which bundle answers under which model name, and whether another may take its place while the service runs.
+
+Does not know Ray, and loads no weights.
+"""
+
+import json
+from hashlib import blake2b
+from pathlib import Path
+
+from mmllm_core.bundle import Bundle
+from mmllm_core.config import PathSource, Source, StrictModel
+from mmllm_core.errors import BundleError
+from mmllm_core.vision import file_sha256
+
+
+class ServedBundle(StrictModel):
+    """A bundle as replicas find it."""
+
+    folder: Path
+    sha256: str | None = None
+    """Of its manifest, so that another bundle in the same folder is told from this one."""
+
+    @classmethod
+    def of(cls, bundle: Bundle) -> "ServedBundle":
+        """The bundle as it lies there now."""
+        return cls(folder=bundle.folder.absolute(), sha256=file_sha256(bundle.folder / "manifest.json"))
+
+    def open(self) -> Bundle:
+        """Open and verify it.
+
+        Raises:
+            BundleError: as `Bundle.open`, or another bundle lies there.
+        """
+        opened = Bundle.open(self.folder)
+        if self.sha256 not in (None, ServedBundle.of(opened).sha256):
+            raise BundleError(f"{self.folder}: holds another bundle than was asked for: reload it from where it lies")
+        return opened
+
+
+class ServedBundles(StrictModel):
+    """The `user_config` of the LM's deployment: changing it changes what is served, without a restart."""
+
+    bundles: dict[str, ServedBundle]
+    """By model name; those that are not named stay as they are."""
+
+
+def base_of(bundle: Bundle) -> dict[str, object]:
+    """What a bundle shares with others that were trained on the same models, by what it is called in messages."""
+    profile = bundle.profile
+    return {
+        "CLIP": (bundle.info.feature_fingerprint, bundle.info.d_vision, bundle.info.n_patches),
+        "LM": (
+            profile.language.model_dump(mode="json", exclude={"source"}),
+            _identity(bundle, profile.language.source),
+        ),
+        "Whisper": profile.audio.model_dump(mode="json"),
+        "tokenizer": _words(bundle),
+    }
+
+
+def require_same_base(first: Bundle, other: Bundle) -> None:
+    """Refuse a bundle that cannot share what `first` is served with.
+
+    Raises:
+        BundleError: it was trained on another CLIP, LM, Whisper or tokenizer.
+    """
+    ours, theirs = base_of(first), base_of(other)
+    if differing := [what for what in ours if ours[what] != theirs[what]]:
+        raise BundleError(
+            f"bundle '{other.info.name}' ({other.folder}) has another {' and another '.join(differing)} than "
+            f"'{first.info.name}' and cannot share its replicas: serve it by itself"
+        )
+
+
+def _words(bundle: Bundle) -> str:
+    """What tells a tokenizer from others; libraries write equal ones in several ways."""
+    tokenizer = bundle.tokenizer
+    told = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.added_tokens_decoder), tokenizer.chat_template]
+    return blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
+
+
+def _identity(bundle: Bundle, source: Source) -> object:
+    """What tells a source's weights from others: where they come from, or the content that the bundle carries."""
+    if isinstance(source, PathSource) and not source.path.is_absolute():
+        return bundle.digests(source.path.as_posix())
+    return source.model_dump(mode="json")

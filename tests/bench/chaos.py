@@ -1,0 +1,177 @@
+"""What becomes of requests while the service is overloaded, killed part by part, redeployed and left by its callers.
+
+    python -m tests.bench.chaos [--requests 500]
+
+On real Ray Serve with tiny models and two replicas of every part. Prints a table and JSON: how requests ended under ten
+times the load that the service can take, and its memory; while replicas are killed without a warning; while it is
+redeployed; and how soon the LM is free again after a caller hangs up.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from serve_apps.builder import CLIP, INGRESS, PHI, WHISPER
+from tests.serve_apps.conftest import Service, build_tiny_bundle, free_port, recorded_speech
+from tests.serve_apps.faults import Ending, MixedLoad, kill_now_and_then, memory_mb, percentile
+
+BEHIND = [CLIP, WHISPER, PHI]
+CONFIG: dict[str, Any] = {
+    "ui": False,
+    "limits.request_timeout_s": 60,
+    "ingress.num_replicas": 2,
+    "clip.threads": 1,
+    "whisper.threads": 1,
+    "phi.threads": 1,
+    "phi.kv_cache_bytes": 60_000_000,
+} | {
+    f"{part}.{key}": value
+    for part in ("clip", "whisper", "phi")
+    for key, value in {
+        "autoscaling": None,
+        "num_replicas": 2,
+        "max_queued_requests": 16,
+    }.items()
+}
+
+
+@contextmanager
+def service() -> Iterator[tuple[Service, Any]]:
+    """A service of our own, and what deploys it with other settings."""
+    import ray
+    from ray import serve
+
+    from serve_apps.builder import build, load_serve_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = build_tiny_bundle(Path(folder))
+        port = free_port()
+        ray.init(
+            address="local",
+            num_cpus=16,  # as many as replicas ask for; two cores do for tiny models
+            resources={"vision": 8, "audio": 8, "text": 8},
+            object_store_memory=150_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+
+            def deploy(**overrides: Any) -> str:
+                config = load_serve_config("embedded", CONFIG | {"http.port": port} | overrides)
+                serve.run(build(config, bundle.folder), name="mmllm", route_prefix="/")
+                return config.http.base_url
+
+            yield Service(deploy(), bundle.info.name, "mmllm"), deploy
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+
+async def overload(load: MixedLoad, times: float, seconds: float) -> dict[str, Any]:
+    """More than the service can take, and twice, to see whether memory grows."""
+    began = time.monotonic()
+    rate = len(await load.closed(96, 16)) / (time.monotonic() - began)
+    memory = [memory_mb([INGRESS, *BEHIND])]
+    rounds = []
+    for _ in range(3):
+        load.endings = []
+        rounds += await load.open(times * rate, seconds)
+        memory.append(memory_mb([INGRESS, *BEHIND]))
+    refused = [ending for ending in rounds if ending.how == "429"]
+    return {
+        "requests_per_second": round(rate, 2),
+        "offered_per_second": round(times * rate, 2),
+        "endings": endings(rounds),
+        "refused_with_retry_after": sum(ending.retry_after is not None for ending in refused),
+        "refused_in_s_p95": percentile([ending.seconds for ending in refused], 95),
+        "answered_in_s_p95": percentile([ending.seconds for ending in rounds if ending.how == "answered"], 95),
+        "memory_mb": memory,
+    }
+
+
+async def kills(load: MixedLoad, n_requests: int, deployments: list[str], every_s: float) -> dict[str, Any]:
+    """Requests while replicas die."""
+    load.endings = []
+    killed = await kill_now_and_then(deployments, every_s, load.closed(n_requests, 8))
+    return {"killed": dict(killed), "endings": endings(load.endings)}
+
+
+async def redeploy(load: MixedLoad, deploy: Any) -> dict[str, Any]:
+    """Requests while every replica is replaced, since a setting changed."""
+    load.endings = []
+    done = asyncio.create_task(asyncio.to_thread(deploy, **{"limits.max_images": 4}))
+    while not done.done():
+        await load.closed(24, 8)
+    await done
+    await load.closed(24, 8)
+    return {"endings": endings(load.endings)}
+
+
+async def hang_up(target: Service, times: int) -> dict[str, Any]:
+    """How long the LM goes on after a caller left a stream."""
+    from ray import serve
+
+    phi = serve.get_deployment_handle(PHI, target.app_name)
+    seconds = []
+    for _ in range(times):
+        async with httpx.AsyncClient(timeout=30) as client:
+            body = target.body("Tell me of rivers.", stream=True) | {"max_tokens": 1500, "min_tokens": 1500}
+            async with client.stream("POST", f"{target.base_url}/v1/chat/completions", json=body) as reply:
+                async for line in reply.aiter_lines():
+                    if '"content":' in line:
+                        break
+        left = time.monotonic()
+        while (await phi.load.remote()).running or (await phi.load.remote()).running:  # of two replicas, most likely
+            await asyncio.sleep(0.02)
+        seconds.append(time.monotonic() - left)
+    return {"times": times, "freed_in_s_p50": percentile(seconds, 50), "freed_in_s_most": round(max(seconds), 3)}
+
+
+def endings(found: Sequence[Ending]) -> dict[str, int]:
+    """How often requests ended how."""
+    return dict(Counter(ending.how for ending in found).most_common())
+
+
+async def measure(n_requests: int) -> dict[str, Any]:
+    """All of it, one after another."""
+    with service() as (target, deploy):
+        load = MixedLoad(target.base_url, target.model, recorded_speech())
+        return {
+            "overload": await overload(load, 10, 12),
+            "kills_behind_the_ingress": await kills(load, n_requests, BEHIND, 4),
+            "kills_of_the_ingress": await kills(load, n_requests // 4, [INGRESS], 6),
+            "redeploy": await redeploy(load, deploy),
+            "hang_up": await hang_up(target, 10),
+        }
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=500, help="while replicas are killed")
+    arguments = parser.parse_args()
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    found = asyncio.run(measure(arguments.requests))
+    table = Table("what was done", "how requests ended", "what else was seen")
+    for name, values in found.items():
+        ends = ", ".join(f"{count} {how}" for how, count in values.get("endings", {}).items())
+        table.add_row(name.replace("_", " "), ends, ", ".join(f"{k} {v}" for k, v in values.items() if k != "endings"))
+    Console(stderr=True).print(table)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
