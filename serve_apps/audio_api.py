@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 
 from serve_apps.access import caller_of
 from serve_apps.asking import again, begun
-from serve_apps.config import Limits
 from serve_apps.http_body import error_response, failure_of
+from serve_apps.limits import Limits
 from serve_apps.multipart import read_form
 from serve_apps.openai_replies import DONE, event, require_model
 from serve_apps.openai_speech import ALIAS, LISTS, SpeechRequest, field_names, form_schema, parse_speech_request

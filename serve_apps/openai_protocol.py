@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, from_json
 from mmllm_core.conversation import ImagePart, Message, Part, SpeechPart, TextPart
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import AudioError, BadInput, ConversationError
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 from serve_apps.media import Elsewhere, FileUse, ImageSource, SoundSource, decoded
 from serve_apps.openai_sampling import Body, SamplingFields
 

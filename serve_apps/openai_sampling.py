@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import BadInput, SchemaError
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 

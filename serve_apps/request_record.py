@@ -71,8 +71,8 @@ class RequestRecord:
 
 
 def record_of(request: Request) -> RequestRecord:
-    """The record of a request."""
-    record: RequestRecord = request.scope["mmllm.record"]
+    """The record of a request, which is nobody's where no middleware tells of it."""
+    record: RequestRecord = request.scope.setdefault("mmllm.record", RequestRecord())
     return record
 
 
