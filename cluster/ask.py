@@ -23,19 +23,26 @@ class Asker:
 
     Args:
         base_url: of the service, without `/v1`.
+        api_key: where the service asks for one.
 
     Raises:
         EnvironmentLack: nobody answers there.
+        MmllmError: the service refused; the message is its own.
     """
 
-    def __init__(self, base_url: str):
+    def __init__(self, base_url: str, api_key: str = "local"):
         import openai
 
-        self._client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="local", timeout=600)
+        self._client = openai.OpenAI(base_url=f"{base_url}/v1", api_key=api_key, timeout=600)
         try:
-            self.model = self._client.models.list().data[0].id
+            models = self._client.models.list().data
         except openai.APIConnectionError as error:
             raise EnvironmentLack(f"{base_url}: nobody answers: start the assistant with 'make serve'") from error
+        except openai.APIStatusError as error:
+            raise MmllmError(f"the assistant refused: {error.message}") from error
+        if not models:
+            raise MmllmError(f"{base_url}: your API key may ask for none of the models that are served there")
+        self.model = models[0].id
 
     def ask(self, messages: list[dict[str, Any]], max_tokens: int = 64) -> Answer:
         """Ask and wait for the whole answer.

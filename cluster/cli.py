@@ -14,10 +14,12 @@ from cluster.data_commands import data
 from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
+from cluster.keys_commands import ApiKeyOption, keys_app, keys_file
 from cluster.local import Verbose, quieten
 from cluster.plan_command import plan
 from cluster.report_command import report
 from cluster.spoken_command import evaluate_spoken
+from cluster.top_command import top
 from cluster.train_command import train
 from mmllm_core.errors import MmllmError
 
@@ -33,8 +35,10 @@ app.command()(evaluate_spoken)
 app.command()(export)
 app.command()(plan)
 app.command()(report)
+app.command()(top)
 app.command()(train)
 app.add_typer(features_app, name="features")
+app.add_typer(keys_app, name="keys")
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]
@@ -82,13 +86,18 @@ def serve(
     profile: Annotated[str, typer.Option(help="embedded, phi, or a serve config's YAML file.")] = "embedded",
     bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
     port: Annotated[int | None, typer.Option(help="Instead of the config's own port.", min=1, max=65535)] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Instead of the config's own; others than loopback need keys.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys, which callers need then.")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve a bundle: the API under /v1 and the chat page at /."""
     from cluster.local import local_ray
     from cluster.server import local_config, require_devices, require_free_port, serving, wait_for_ever
 
-    config = local_config(profile, port)
+    access = {"access.keys_file": str(keys_file(keys))} if keys else {}
+    config = local_config(profile, port, access | ({"http.host": host} if host else {}))
     require_free_port(config.http.host, config.http.port)
     require_devices(config)
     opened = _bundle_for(profile, bundle)
@@ -125,11 +134,12 @@ def chat(
     image: Annotated[Path | None, typer.Option(help="A picture to send along.")] = None,
     audio: Annotated[Path | None, typer.Option(help="A recording to send along.")] = None,
     url: Annotated[str, typer.Option(help="Where the assistant is served.")] = "http://127.0.0.1:8000",
+    api_key: ApiKeyOption = "local",
 ) -> None:
     """Talk to a running assistant in the terminal."""
     from cluster.ask import Asker, user_message
 
-    asker = Asker(url)
+    asker = Asker(url, api_key)
     history = []
     once = bool(question or image or audio)
     while True:

@@ -5,6 +5,7 @@ Every deployment asks for its modality's resource, so the local node offers some
 
 import logging
 import os
+import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
     """
     import ray
 
+    from serve_apps.proxy import PROXY_ENVIRONMENT
     from train_jobs.accelerators import usable_cores
 
     address = os.environ.get("RAY_ADDRESS")
@@ -53,6 +55,10 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
     if address:
         ray.init(address=address, **common)
     else:
+        os.environ.update(PROXY_ENVIRONMENT)
+        if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+            # Ray asks for a token by default, and would share one of this user's in a file that others may read.
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # Two CPUs at least: two workers then share the one core of a small machine, slowly.
         ray.init(
             num_cpus=max(2, usable_cores()),

@@ -4,6 +4,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import EnvironmentLack, MmllmError
@@ -34,19 +35,20 @@ def require_free_port(host: str, port: int) -> None:
         raise EnvironmentLack(f"port {port} on {host} cannot be used ({problem}): {PORT_MEND}")
 
 
-def local_config(name: str, port: int | None = None) -> ServeConfig:
+def local_config(name: str, port: int | None = None, overrides: dict[str, Any] | None = None) -> ServeConfig:
     """A Serve config as this machine runs it: its CLIP reads the feature store that is kept here.
 
     Args:
         name: of a shipped config, or a YAML file.
         port: instead of the config's own.
+        overrides: dotted keys and their values.
 
     Raises:
         ConfigError: unknown name, unknown key, or settings that cannot work together.
     """
     from serve_apps.builder import load_serve_config
 
-    config = load_serve_config(name, {"http.port": port} if port else None)
+    config = load_serve_config(name, (overrides or {}) | ({"http.port": port} if port else {}))
     if config.clip.feature_store is not None:
         return config
     return config.model_copy(update={"clip": config.clip.model_copy(update={"feature_store": features_folder()})})
@@ -74,14 +76,21 @@ def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
 
     Raises:
         MmllmError: a deployment did not start; the message names it and says why.
+        ConfigError: the file of keys cannot be used.
     """
     from ray import serve
     from ray.serve.config import HTTPOptions
 
-    from serve_apps.builder import APP_NAME, build
+    from serve_apps.api_keys import read_keys
+    from serve_apps.builder import APP_NAME, build, logging_config
 
+    if config.access.keys_file:
+        read_keys(config.access.keys_file)
     application = build(config, bundle.folder)
-    serve.start(http_options=HTTPOptions(host=config.http.host, port=config.http.port))
+    serve.start(
+        http_options=HTTPOptions(host=config.http.host, port=config.http.port),
+        logging_config=logging_config(config.observability),
+    )
     try:
         try:
             serve.run(application, name=APP_NAME, route_prefix="/")

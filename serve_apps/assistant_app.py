@@ -15,38 +15,37 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
+from serve_apps.access import Caller, caller_of, guard
 from serve_apps.asking import again, ask, begun
 from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
 from serve_apps.embedding_protocol import parse_embedding_request
 from serve_apps.files_api import FilesApi
-from serve_apps.http_body import clean_request_id, error_response, read_body
+from serve_apps.http_body import error_response, failure_of, read_body
+from serve_apps.http_errors import answer_errors, answer_unknown_paths, describe
 from serve_apps.image_fetch import ImageFetcher
 from serve_apps.media import Elsewhere
 from serve_apps.media_routes import add_embedding_route, add_file_routes
+from serve_apps.metrics_page import add_metrics_route
 from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
 from serve_apps.openai_replies import (
     DONE,
-    Failure,
     Json,
     ModelNotFound,
     Reply,
     event,
     require_model,
-    to_failure,
 )
 from serve_apps.perception import Fingerprints, Perceiver, Perception
 from serve_apps.prompt import Prompt
 from serve_apps.readiness import Readiness
+from serve_apps.request_record import Recorded, RequestRecord, record_of
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
-
-_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 class Assistant:
@@ -81,6 +80,8 @@ class Assistant:
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
         app = build_http_app(self)
+        guard(app, self.config)
+        app.add_middleware(Recorded, config=self.config.observability)  # before the door: what it refuses is told too
         if self.config.ui:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
             from serve_apps.ui import mount_chat_page
@@ -92,10 +93,10 @@ class Assistant:
         """The config of this service."""
         return self.config
 
-    def models(self) -> list[Json]:
-        """The models that can be asked for."""
+    def models(self, caller: Caller) -> list[Json]:
+        """The models that a caller can ask for."""
         told = {"object": "model", "created": self._started, "owned_by": "mmllm"}
-        return [{"id": model} | told for model in self._models]
+        return [{"id": model} | told for model in caller.allowed(self._models)]
 
     async def ready(self) -> Response:
         """Say which parts answer; 503 if one does not that should."""
@@ -105,7 +106,7 @@ class Assistant:
 
     async def chat(self, request: Request) -> Response:
         """Answer `POST /v1/chat/completions`; never raises but for cancellation."""
-        request_id = clean_request_id(request.headers.get("x-request-id"))
+        record = record_of(request)
         deadline = asyncio.get_running_loop().time() + self.config.limits.request_timeout_s
         try:
             async with asyncio.timeout_at(deadline):
@@ -113,23 +114,31 @@ class Assistant:
                 # base64 of megabytes takes its time: other requests should not wait for it
                 call = await asyncio.to_thread(parse_request, body, self.config.limits, self._elsewhere(request))
                 del body
-                require_model(call.model, self._models)
-                seen = await self._perceiver.perceive(call.images, call.clips)
+                require_model(call.model, caller_of(request).allowed(self._models))
+                record.model, record.stream = call.model, call.stream
+                seen = await self._perceive(call, record)
                 reply = await self._reply(call, seen)
 
                 def speak() -> AsyncGenerator[EngineChunk, None]:
-                    return self._speak(call, seen, reply.id, deadline)
+                    return self._speak(call, seen, reply.id, deadline, record)
 
                 if not call.stream:
                     return JSONResponse(await again(lambda: _whole(reply, speak())))
                 # The first chunk is awaited before the status is sent, so that a refusal is a 4xx and not an event.
                 first, chunks = await begun(speak)
-            events = _events(reply, first, chunks, include_usage=call.include_usage, request_id=request_id)
+            events = _events(reply, first, chunks, include_usage=call.include_usage, request=request)
             return StreamingResponse(
                 events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
             )
         except Exception as error:
-            return error_response(to_failure(error, request_id))
+            return error_response(failure_of(error, request))
+
+    async def _perceive(self, call: ChatCall, record: RequestRecord) -> Perception:
+        record.images, record.audio_clips = len(call.images), len(call.clips)
+        with record.trace.span("perceive") as (_, trace):
+            seen = await self._perceiver.perceive(call.images, call.clips, trace.traceparent)
+        record.audio_seconds, record.perceived = seen.audio_seconds, time.perf_counter()
+        return seen
 
     async def embed(self, request: Request) -> Response:
         """Answer `POST /v1/embeddings`.
@@ -141,7 +150,8 @@ class Assistant:
         body = await read_body(request, limits.max_body_bytes)
         call = await asyncio.to_thread(parse_embedding_request, body, limits, self._elsewhere(request))
         del body
-        require_model(call.model, self._models)
+        require_model(call.model, caller_of(request).allowed(self._models))
+        record_of(request).model = call.model
         found = await self._perceiver.embed(call.inputs, call.dimensions)
         return JSONResponse(await asyncio.to_thread(call.reply, found))
 
@@ -156,19 +166,20 @@ class Assistant:
         return Reply(id, call.model, seen.transcripts, now, call.sampling.n, told)
 
     async def _speak(
-        self, call: ChatCall, seen: Perception, id: str, deadline: float
+        self, call: ChatCall, seen: Perception, id: str, deadline: float, record: RequestRecord
     ) -> AsyncGenerator[EngineChunk, None]:
         """The LM's chunks, until each answer has ended; closing the generator cancels the LM's request."""
         messages = with_transcripts(call, seen.transcripts)
         seconds = deadline - asyncio.get_running_loop().time()
         model = call.model if len(self._models) > 1 else ""  # of one there is nothing to choose
-        prompt = Prompt(id, messages, seen.features, call.sampling, seconds, model)
+        prompt = Prompt(id, messages, seen.features, call.sampling, seconds, model, record.trace.traceparent)
         response = self._phi.options(stream=True, multiplexed_model_id=model).generate.remote(prompt)
         unfinished = call.sampling.n
         try:
             while unfinished:
                 async with asyncio.timeout_at(deadline):
                     chunk: EngineChunk = await anext(response)
+                record.note(chunk)
                 if chunk.finish_reason == "abort":
                     raise EngineError("the engine ended the request before the answer was done")
                 yield chunk
@@ -193,7 +204,7 @@ async def _events(
     chunks: AsyncGenerator[EngineChunk, None],
     *,
     include_usage: bool,
-    request_id: str,
+    request: Request,
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a streamed answer; an error that comes now is an event too."""
     last: dict[int, EngineChunk] = {}
@@ -208,7 +219,7 @@ async def _events(
                     last[chunk.index] = chunk
                     yield event(reply.finish(chunk))
         except Exception as error:
-            yield event(to_failure(error, request_id).body)
+            yield event(failure_of(error, request).body)
         else:
             if include_usage:
                 yield event(reply.closing_usage(list(last.values())))
@@ -225,15 +236,18 @@ def build_http_app(assistant: Assistant) -> FastAPI:
     """The HTTP routes of an assistant, without the chat page."""
     app = FastAPI(title="mmllm", description="CLIP sees, Whisper hears, a Phi model answers.", redoc_url=None)
 
-    @app.exception_handler(HTTPException)
-    async def explain(_: Request, error: HTTPException) -> Response:
-        return error_response(Failure(error.status_code, str(error.detail), None))
-
+    answer_errors(app)
     body = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     parts_of_body = body.pop("$defs")
     content = {"application/json": {"schema": body}}
 
-    @app.post("/v1/chat/completions", openapi_extra={"requestBody": {"required": True, "content": content}})
+    answers: dict[int | str, Json] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+
+    @app.post(
+        "/v1/chat/completions",
+        responses=answers,
+        openapi_extra={"requestBody": {"required": True, "content": content}},
+    )
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation of text, images and speech."""
         return await assistant.chat(request)
@@ -244,17 +258,17 @@ def build_http_app(assistant: Assistant) -> FastAPI:
         add_file_routes(app, assistant.files, timeout_s)
 
     @app.get("/v1/models")
-    async def list_models() -> Json:
+    async def list_models(request: Request) -> Json:
         """List the models that are served."""
-        return {"object": "list", "data": assistant.models()}
+        return {"object": "list", "data": assistant.models(caller_of(request))}
 
     @app.get("/v1/models/{model:path}", response_model=None)
-    async def get_model(model: str) -> Json | Response:
+    async def get_model(request: Request, model: str) -> Json | Response:
         """Describe one model."""
-        found = [entry for entry in assistant.models() if entry["id"] == model]
-        return (
-            found[0] if found else error_response(to_failure(ModelNotFound("this model does not exist", "model"), ""))
-        )
+        found = [entry for entry in assistant.models(caller_of(request)) if entry["id"] == model]
+        if found:
+            return found[0]
+        return error_response(failure_of(ModelNotFound("this model does not exist", "model"), request))
 
     @app.get("/healthz")
     async def healthz() -> Json:
@@ -268,11 +282,7 @@ def build_http_app(assistant: Assistant) -> FastAPI:
 
     add_audio_routes(app, assistant.speech)
 
-    # Below /v1 nothing falls through to the chat page, whose answers no API client understands.
-    @app.api_route("/v1/{rest:path}", methods=_METHODS, include_in_schema=False)
-    async def nothing_here(request: Request) -> Response:
-        return error_response(Failure(404, f"{request.method} {request.url.path} is not offered", "not_found"))
-
-    # The body is parsed by hand, for its size and its errors, so FastAPI has to be told of its parts.
-    app.openapi().setdefault("components", {}).setdefault("schemas", {}).update(parts_of_body)
+    add_metrics_route(app)
+    answer_unknown_paths(app)  # after all other routes
+    describe(app, parts_of_body)
     return app

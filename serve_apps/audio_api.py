@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from serve_apps.access import caller_of
 from serve_apps.asking import again, begun
-from serve_apps.config import Limits
-from serve_apps.http_body import clean_request_id, error_response
+from serve_apps.http_body import error_response, failure_of
+from serve_apps.limits import Limits
 from serve_apps.multipart import read_form
-from serve_apps.openai_replies import DONE, event, require_model, to_failure
+from serve_apps.openai_replies import DONE, event, require_model
 from serve_apps.openai_speech import ALIAS, LISTS, SpeechRequest, field_names, form_schema, parse_speech_request
+from serve_apps.request_record import RequestRecord, record_of
 from serve_apps.speech import Heard, SpeechCall
 from serve_apps.speech_replies import (
     all_heard,
@@ -50,35 +52,36 @@ class SpeechApi:
 
     async def answer(self, request: Request, *, translate: bool) -> Response:
         """Answer `POST /v1/audio/transcriptions` or `/translations`; never raises but for cancellation."""
-        request_id = clean_request_id(request.headers.get("x-request-id"))
+        record = record_of(request)
         deadline = asyncio.get_running_loop().time() + self._limits.request_timeout_s
         try:
             async with asyncio.timeout_at(deadline):
                 lists = () if translate else LISTS
                 form = await read_form(request, self._limits.max_body_bytes, field_names(translate=translate), lists)
                 asked = parse_speech_request(form, self._limits, translate=translate)
-                require_model(asked.model, [*self._models, ALIAS])
+                require_model(asked.model, caller_of(request).allowed([*self._models, ALIAS]))
+                record.model, record.stream, record.audio_clips = asked.model, asked.stream, 1
                 call = SpeechCall(Upload(form.file, "file"), asked.task, self._limits.max_transcription_seconds)
                 del form
 
                 def listen() -> AsyncGenerator[Heard, None]:
-                    return self._listen(call, deadline)
+                    return self._listen(call, deadline, record)
 
                 if not asked.stream:
                     return _reply(asked, await again(lambda: _whole(listen())))
                 # The first piece is awaited before the status is sent, so that a refusal is a 4xx and not an event.
                 first, pieces = await begun(listen)
             return StreamingResponse(
-                _events(asked, first, pieces, request_id),
+                _events(asked, first, pieces, request),
                 media_type="text/event-stream",
                 headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
             )
         except Exception as error:
-            return error_response(to_failure(error, request_id))
+            return error_response(failure_of(error, request))
 
-    async def _listen(self, call: SpeechCall, deadline: float) -> AsyncGenerator[Heard, None]:
+    async def _listen(self, call: SpeechCall, deadline: float, record: RequestRecord) -> AsyncGenerator[Heard, None]:
         """What is heard, piece by piece; closing the generator ends Whisper's work."""
-        response: Any = self._whisper.options(stream=True).listen.remote(call)
+        response: Any = self._whisper.options(stream=True).listen.remote(call, record.trace.traceparent)
         try:
             while True:
                 try:
@@ -86,6 +89,7 @@ class SpeechApi:
                         heard: Heard = await anext(response)
                 except StopAsyncIteration:
                     return
+                record.audio_seconds = heard.seconds
                 yield heard
         finally:
             response.cancel()
@@ -107,7 +111,7 @@ def _reply(asked: SpeechRequest, heard: Heard) -> Response:
 
 
 async def _events(
-    asked: SpeechRequest, first: Heard, pieces: AsyncGenerator[Heard, None], request_id: str
+    asked: SpeechRequest, first: Heard, pieces: AsyncGenerator[Heard, None], request: Request
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a stream; an error that comes now is an event too."""
     told = [first]
@@ -120,7 +124,7 @@ async def _events(
                     yield event(delta_event(asked, number, segment))
                     number += 1
         except Exception as error:
-            yield event(to_failure(error, request_id).body)
+            yield event(failure_of(error, request).body)
         else:
             yield event(done_event(asked, all_heard(told)))
         yield DONE

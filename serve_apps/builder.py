@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 import mmllm_core
 from mmllm_core.bundle import Bundle
@@ -20,6 +21,7 @@ from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
+from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
@@ -66,14 +68,15 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     base = version_of(config, opened, list(bundles))
 
     def deployment(cls: type, name: str, part: DeploymentConfig, **more: Any) -> "Deployment":
-        options = serving_options(part, drain_s) | more
+        logs = logging_config(config.observability)
+        options = serving_options(part, drain_s) | {"logging_config": logs} | more
         # Serve's own versions are new ones whenever something is deployed, and replicas of another version restart.
         return serve.deployment(cls, name=name, **options).options(version=base, _internal=True)
 
-    clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip)
-    whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper)
+    clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip, config.observability)
+    whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper, config.observability)
     wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
-    phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi)
+    phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi, config.observability)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
     hears = hashlib.sha256(opened.profile.audio.model_dump_json().encode()).hexdigest()[:16]
     fingerprints = Fingerprints(opened.info.feature_fingerprint, hears)
@@ -132,6 +135,14 @@ def load_serve_config(name_or_path: str, overrides: dict[str, Any] | None = None
         known = ", ".join(serve_config_names())
         raise ConfigError(f"serve config '{name_or_path}' is unknown: choose one of {known} or give a YAML file")
     return load_config(ServeConfig, _FOLDER / f"{name_or_path}.yaml", overrides)
+
+
+def logging_config(config: ObservabilityConfig) -> LoggingConfig:
+    """How Serve's processes log; Serve adds the request's id to what is logged for it, whichever replica does.
+
+    Its own line a request is left out: every part of the assistant writes one that says more.
+    """
+    return LoggingConfig(encoding=config.logs.upper(), log_level=config.log_level.upper(), enable_access_log=False)
 
 
 def serving_options(config: DeploymentConfig, drain_s: float) -> dict[str, Any]:

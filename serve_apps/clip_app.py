@@ -23,10 +23,13 @@ from serve_apps.config import ClipConfig
 from serve_apps.embeddings import Embeddings, TypedText
 from serve_apps.feature_cache import FeatureCache, Features, StoreReader
 from serve_apps.image_reading import ImageReader, ReadImage
+from serve_apps.metrics import counter, histogram
+from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.single_flight import SingleFlight
 from serve_apps.stored_file import Seen
+from serve_apps.tracing import Trace, start_tracing
 from serve_apps.upload import Upload
-from serve_apps.work_in_flight import WorkInFlight
+from serve_apps.work_in_flight import RequestWork, WorkInFlight
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +45,7 @@ class ClipDeployment:
         FeatureStoreError: the feature store cannot be reached, which ends it too.
     """
 
-    def __init__(self, bundle: Path, config: ClipConfig):
+    def __init__(self, bundle: Path, config: ClipConfig, observability: ObservabilityConfig = ObservabilityConfig()):
         import torch
 
         torch.set_num_threads(config.n_threads)
@@ -56,6 +59,8 @@ class ClipDeployment:
         self._flights: SingleFlight[Features] = SingleFlight()
         self._text_tower: asyncio.Task[ClipTextEncoder | None] | None = None
         self._work = WorkInFlight("vision", "images")
+        self._tracer = start_tracing(observability, "vision")
+        self._seen, self._batches = counter("mmllm_images"), histogram("mmllm_clip_batch_images")
         for batched in (self._encode_batch, self._embed_images, self._embed_texts):
             batched.set_max_batch_size(config.max_batch_size)
             batched.set_batch_wait_timeout_s(config.batch_wait_s)
@@ -71,10 +76,15 @@ class ClipDeployment:
         """
         return np.stack([seen.features for seen in await self.see(images)])
 
-    async def see(self, images: Sequence[Upload]) -> list[Seen]:
-        """As `encode`, image by image and with the key of each."""
-        with self._work.request(len(images)):
-            return await all_or_none(self._see(image) for image in images)
+    async def see(self, images: Sequence[Upload], traceparent: str = "") -> list[Seen]:
+        """As `encode`, image by image and with the key of each.
+
+        Args:
+            traceparent: below which this is traced.
+        """
+        with self._work.request(len(images)) as work, Trace(self._tracer, traceparent).span("vision") as (span, _):
+            span.set_attribute("mmllm.images", len(images))
+            return await all_or_none(self._see(image, work) for image in images)
 
     async def embed(self, inputs: Sequence[Upload | TypedText], dimensions: int | None = None) -> Embeddings:
         """Vectors of images and texts, which can be compared with each other.
@@ -89,7 +99,8 @@ class ClipDeployment:
         have = self._encoder.d_embedding
         if dimensions not in (None, have):
             raise BadInput(f"'dimensions': vectors have {have} here: leave it out", "dimensions")
-        with self._work.request(len(inputs)):
+        with self._work.request(len(inputs)) as work:
+            self._work.begin(work)
             tower = await self._texts() if any(isinstance(given, TypedText) for given in inputs) else None
             found = await all_or_none(self._embed(given, tower) for given in inputs)
         return Embeddings(np.stack([vector for vector, _ in found]), sum(tokens for _, tokens in found))
@@ -98,14 +109,20 @@ class ClipDeployment:
         """Serve asks for the images that wait or are encoded."""
         return self._work.stats()
 
-    async def _see(self, upload: Upload) -> Seen:
+    async def _see(self, upload: Upload, work: RequestWork) -> Seen:
         image = await self._reader.read(upload)
-        return Seen(image.key, await self._flights.run(image.key, lambda: self._find_or_encode(upload, image)))
+        self._work.begin(work)
+        tiers: list[str] = []
+        features = await self._flights.run(image.key, lambda: self._find_or_encode(upload, image, tiers))
+        self._seen.inc(1, {"tier": tiers[0] if tiers else "shared"})
+        return Seen(image.key, features)
 
-    async def _find_or_encode(self, upload: Upload, image: ReadImage) -> Features:
-        found = self._cache.get(image.key)
+    async def _find_or_encode(self, upload: Upload, image: ReadImage, tiers: list[str]) -> Features:
+        """Features, and into `tiers` where they came from."""
+        tier, found = "memory", self._cache.get(image.key)
         if found is None and self._stored is not None:
-            found = await self._stored.get(image.key)
+            tier, found = "store", await self._stored.get(image.key)
+        tiers.append(tier if found is not None else "computed")
         if found is None:
             found = await self._encode_batch(await self._reader.pixels(upload, image))
         self._cache.put(image.key, found)
@@ -127,6 +144,7 @@ class ClipDeployment:
 
     @serve.batch
     async def _encode_batch(self, pixels: "list[torch.Tensor]") -> list[Features]:
+        self._batches.observe(len(pixels))
         features = await asyncio.to_thread(self._encoder.encode_pixels, _stacked(pixels))  # (b, n_patches, d_vision)
         return [row.copy() for row in features]  # a view would keep its whole batch in memory
 

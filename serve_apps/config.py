@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, model_validator
 from mmllm_core.config import AudioConfig, Name, SpeechDtype, SpeechEngine, StrictModel, VllmConfig, parse_config
 from mmllm_core.data.feature_location import absolute_location
 from mmllm_core.errors import ConfigError
+from serve_apps.access_config import AccessConfig, require_keys_unless_loopback
 from serve_apps.autoscaling_config import (
     AudioAutoscaling,
     Autoscaling,
@@ -22,6 +23,8 @@ from serve_apps.autoscaling_config import (
     WorkAutoscaling,
 )
 from serve_apps.files_config import FilesConfig, ImageUrlsConfig
+from serve_apps.limits import Limits
+from serve_apps.observability_config import ObservabilityConfig
 
 
 class ActorOptions(StrictModel):
@@ -244,28 +247,7 @@ class HttpConfig(StrictModel):
     def base_url(self) -> str:
         """URL of the service as this machine reaches it; the API lies below `/v1`."""
         host = "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
-        return f"http://{host}:{self.port}"
-
-
-class Limits(StrictModel):
-    """What one request may take, and what it gets when it does not say."""
-
-    max_body_bytes: int = Field(default=25_000_000, gt=0)
-    request_timeout_s: float = Field(default=300.0, gt=0)
-    max_images: int = Field(default=8, ge=0)
-    max_audio_clips: int = Field(default=4, ge=0)
-    max_transcription_seconds: float = Field(default=1800.0, gt=0)
-    """Of a clip that is sent to be transcribed; in a chat the profile's `audio.max_seconds` holds."""
-    max_text_chars: int = Field(default=200_000, gt=0)
-    """Typed text of a whole conversation; the model's context is checked later, token by token."""
-    max_answers: int = Field(default=8, gt=0)
-    """That one request may ask for (`n`)."""
-    max_embeddings: int = Field(default=128, gt=0)
-    """Texts and images that one request may ask vectors of."""
-    max_schema_chars: int = Field(default=50_000, gt=0)
-    """Of a JSON schema that answers shall keep to."""
-    default_max_tokens: int = Field(default=256, gt=0)
-    default_temperature: float = Field(default=0.0, ge=0, le=2)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
 
 class ServeConfig(StrictModel):
@@ -273,8 +255,10 @@ class ServeConfig(StrictModel):
 
     name: str
     http: HttpConfig = HttpConfig()
+    access: AccessConfig = AccessConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
     ui: bool = True
-    """Whether the chat page is served at `/`."""
+    """Whether the chat page is served at `/`; where keys are asked for, it asks for one too."""
     limits: Limits = Limits()
     files: FilesConfig | None = None
     """Uploaded files; left out, there are none."""
@@ -284,6 +268,14 @@ class ServeConfig(StrictModel):
     clip: ClipConfig
     whisper: WhisperConfig
     phi: PhiConfig
+
+    @model_validator(mode="after")
+    def _keyless_on_loopback_alone(self) -> "ServeConfig":
+        try:
+            require_keys_unless_loopback(self.http.host, self.access)
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @model_validator(mode="after")
     def _page_has_one_home(self) -> "ServeConfig":

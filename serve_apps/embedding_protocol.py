@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import FailFast, Field, ValidationError, field_validator
 
 from mmllm_core.errors import BadInput
-from serve_apps.config import Limits
 from serve_apps.embeddings import Embeddings, TypedText
+from serve_apps.limits import Limits
 from serve_apps.media import Elsewhere, ImageSource
 from serve_apps.openai_protocol import FileContent, ImageContent, TextContent, json_object, to_bad_input
 from serve_apps.openai_sampling import Body
@@ -70,7 +70,7 @@ def parse_embedding_request(body: bytes, limits: Limits, elsewhere: Elsewhere) -
         BadInput: as `openai_protocol.parse_request`.
     """
     try:
-        request = EmbeddingRequest.model_validate(json_object(body))
+        request = EmbeddingRequest.model_validate(json_object(body, limits))
     except ValidationError as error:
         raise to_bad_input(error.errors(include_url=False)[0]) from None
     if (found := len(request.input)) > limits.max_embeddings:

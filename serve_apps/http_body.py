@@ -13,6 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from serve_apps.openai_replies import BodyTooLarge, Failure, to_failure
+from serve_apps.request_record import record_of
 
 
 async def answered(request: Request, work: Awaitable[Response], timeout_s: float) -> Response:
@@ -21,12 +22,19 @@ async def answered(request: Request, work: Awaitable[Response], timeout_s: float
         async with asyncio.timeout(timeout_s):
             return await work
     except Exception as error:
-        return error_response(to_failure(error, clean_request_id(request.headers.get("x-request-id"))))
+        return error_response(failure_of(error, request))
 
 
-def error_response(failure: Failure) -> Response:
-    """A failure as an HTTP response."""
-    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers)
+def failure_of(error: BaseException, request: Request) -> Failure:
+    """What a request's caller is told of an error; its code is noted for the log."""
+    failure = to_failure(error, clean_request_id(request.headers.get("x-request-id")))
+    record_of(request).error = failure.code
+    return failure
+
+
+def error_response(failure: Failure, headers: dict[str, str] | None = None) -> Response:
+    """A failure as an HTTP response, with `headers` besides its own."""
+    return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers | (headers or {}))
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

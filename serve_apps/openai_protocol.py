@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails, from_json
 from mmllm_core.conversation import ImagePart, Message, Part, SpeechPart, TextPart
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import AudioError, BadInput, ConversationError
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 from serve_apps.media import Elsewhere, FileUse, ImageSource, SoundSource, decoded
 from serve_apps.openai_sampling import Body, SamplingFields
 
@@ -156,7 +156,11 @@ def parse_request(body: bytes, limits: Limits, elsewhere: Elsewhere = Elsewhere(
         BadInput: not JSON, a field that is missing, wrong, unknown or unsupported, or too much of something;
             `param` names the field.
     """
-    values = json_object(body)
+    values = json_object(body, limits)
+    if isinstance(messages := values.get("messages"), list) and len(messages) > limits.max_messages:
+        raise BadInput(
+            f"the request holds {len(messages)} messages and at most {limits.max_messages} are allowed", "messages"
+        )
     for field, harmless in UNSUPPORTED.items():
         if values.pop(field, None) not in harmless:
             raise BadInput(f"'{field}' is not supported: leave it out", field)
@@ -167,14 +171,16 @@ def parse_request(body: bytes, limits: Limits, elsewhere: Elsewhere = Elsewhere(
     return _to_call(request, limits, elsewhere)
 
 
-def json_object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes, limits: Limits) -> dict[str, Any]:
     """A body that is a JSON object.
 
     Raises:
-        BadInput: it is not.
+        BadInput: it is not, or would take far more memory than its size.
     """
+    if body.count(b",") + body.count(b"[") + body.count(b"{") > limits.max_json_values:
+        raise BadInput(f"the body holds more than {limits.max_json_values} values: send fewer")
     try:
-        values = from_json(body, allow_inf_nan=False)
+        values = from_json(body, allow_inf_nan=False)  # which refuses what is nested more than 200 deep
     except ValueError as error:
         raise BadInput(f"the body is not valid JSON: {error}") from None
     if not isinstance(values, dict):

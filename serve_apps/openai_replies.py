@@ -13,6 +13,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from starlette.requests import ClientDisconnect
 
 from mmllm_core.engine.protocol import EngineChunk, TokenLogprob
 from mmllm_core.errors import BadInput, DeadlineError
@@ -33,14 +34,15 @@ class ModelNotFound(BadInput):
 
 
 def require_model(model: str, known: Sequence[str]) -> None:
-    """Refuse a model that is not one of those `known`.
+    """Refuse a model that is not one of those `known`: of what there is, what the caller may ask for.
 
     Raises:
         ModelNotFound: it names those that are.
     """
     if model not in known:
         there_are = "' or '".join(known)
-        raise ModelNotFound(f"this model does not exist here: ask for '{there_are}'", "model")
+        mend = f"ask for '{there_are}'" if known else "your API key may ask for none of those that are served"
+        raise ModelNotFound(f"this model does not exist here: {mend}", "model")
 
 
 class BodyTooLarge(BadInput):
@@ -153,6 +155,7 @@ class Failure:
     message: str
     code: str | None
     param: str | None = None
+    retry_after_s: int = 1
 
     @property
     def body(self) -> Json:
@@ -165,7 +168,7 @@ class Failure:
     def headers(self) -> dict[str, str]:
         """When to come back, where that helps; a request that timed out would only time out again."""
         if self.status in (429, 503):
-            return {"retry-after": "1"}
+            return {"retry-after": str(self.retry_after_s)}
         return {"x-should-retry": "false"} if self.status == 504 else {}
 
 
@@ -179,6 +182,8 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
         error = error.cause
     if isinstance(error, BadInput):
         return Failure(getattr(error, "status", 400), error.message, error.code, error.param)
+    if isinstance(error, ClientDisconnect):
+        return Failure(499, "the request broke off", "client_closed_request")
     if isinstance(error, BackPressureError):
         return Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
     if isinstance(error, TimeoutError | DeadlineError):

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import BadInput, SchemaError
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
@@ -56,12 +56,12 @@ Format = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discr
 class SamplingFields(Body):
     """The fields of a request that say what its answers shall be like."""
 
-    max_tokens: int | None = Field(default=None, gt=0)
-    max_completion_tokens: int | None = Field(default=None, gt=0)
-    min_tokens: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, gt=0, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, gt=0, lt=2**31)
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mmllm_core.audio import SpeechTask
 from mmllm_core.errors import BadInput
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 from serve_apps.multipart import Form
 from serve_apps.openai_protocol import to_bad_input
 

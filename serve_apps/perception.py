@@ -20,6 +20,7 @@ from serve_apps.embeddings import Embeddings, TypedText
 from serve_apps.feature_cache import FeatureCache, Features
 from serve_apps.image_fetch import ImageFetcher
 from serve_apps.media import FileUse, ImageSource, LinkedImage, SoundSource
+from serve_apps.metrics import counter
 from serve_apps.stored_file import Heard, Kind, Seen, StoredFile
 from serve_apps.upload import Upload
 
@@ -41,6 +42,8 @@ class Perception:
 
     features: Features | None  # (n_images, n_patches, d_vision)
     transcripts: list[str]
+    audio_seconds: float = 0.0
+    """That were transcribed for it."""
 
 
 class Perceiver:
@@ -65,15 +68,21 @@ class Perceiver:
         self._fingerprints = fingerprints
         self._fetcher = fetcher
         self._cache = FeatureCache(cache_bytes)
+        self._known = counter("mmllm_images")
 
-    async def perceive(self, images: Sequence[ImageSource], sounds: Sequence[SoundSource]) -> Perception:
+    async def perceive(
+        self, images: Sequence[ImageSource], sounds: Sequence[SoundSource], traceparent: str = ""
+    ) -> Perception:
         """See and hear one request; what still runs when one part fails is cancelled.
+
+        Args:
+            traceparent: below which this is traced.
 
         Raises:
             ImageError, AudioError: something cannot be used; it names the field.
         """
-        features, transcripts = await all_or_none([self._see_all(images), self._hear_all(sounds)])
-        return Perception(features, transcripts)
+        features, heard = await all_or_none([self._see_all(images, traceparent), self._hear_all(sounds, traceparent)])
+        return Perception(features, [text for text, _ in heard], sum(seconds for _, seconds in heard))
 
     async def examine(self, kind: Kind, upload: Upload) -> Seen | Heard:
         """See or hear a file that is being uploaded.
@@ -84,7 +93,8 @@ class Perceiver:
         if kind == "image":
             [seen] = await ask(lambda: self._clip.see.remote([upload]))
             return seen
-        return Heard(self._fingerprints.audio, await self._transcribe(upload))
+        text, _ = await self._transcribe(upload)
+        return Heard(self._fingerprints.audio, text)
 
     async def embed(self, inputs: Sequence[ImageSource | TypedText], dimensions: int | None) -> Embeddings:
         """Vectors of images and texts.
@@ -95,39 +105,45 @@ class Perceiver:
         given = await all_or_none(_as_it_is(one) if isinstance(one, TypedText) else self._upload(one) for one in inputs)
         return await ask(lambda: self._clip.embed.remote(given, dimensions))
 
-    async def _see_all(self, images: Sequence[ImageSource]) -> Any:
+    async def _see_all(self, images: Sequence[ImageSource], traceparent: str) -> Any:
         if not images:
             return None
         found = await all_or_none(self._known_features(image) for image in images)
         unknown = [i for i, features in enumerate(found) if features is None]
         if unknown:
             uploads = await all_or_none(self._upload(images[i]) for i in unknown)
-            for i, seen in zip(unknown, await ask(lambda: self._clip.see.remote(uploads)), strict=True):
+            told = await ask(lambda: self._clip.see.remote(uploads, traceparent))
+            for i, seen in zip(unknown, told, strict=True):
                 found[i] = seen.features
                 await self._keep_features(images[i], seen)
         return np.stack([features for features in found if features is not None])  # (n_images, n_patches, d_vision)
 
-    async def _hear_all(self, sounds: Sequence[SoundSource]) -> Any:
-        return await all_or_none(self._hear(sound) for sound in sounds)
+    async def _hear_all(self, sounds: Sequence[SoundSource], traceparent: str) -> Any:
+        return await all_or_none(self._hear(sound, traceparent) for sound in sounds)
 
-    async def _hear(self, sound: SoundSource) -> str:
+    async def _hear(self, sound: SoundSource, traceparent: str) -> tuple[str, float]:
+        """What was said, and the seconds that were transcribed for it."""
         if isinstance(sound, Upload):
-            return await self._transcribe(sound)
-        text = await asyncio.to_thread(sound.file.transcript, self._fingerprints.audio)
+            return await self._transcribe(sound, traceparent)
+        seconds, text = 0.0, await asyncio.to_thread(sound.file.transcript, self._fingerprints.audio)
         if text is None:
-            text = await self._transcribe(await _content(sound))
+            text, seconds = await self._transcribe(await _content(sound), traceparent)
             await _keep(sound, Heard(self._fingerprints.audio, text))
-        return text
+        return text, seconds
 
-    async def _transcribe(self, upload: Upload) -> str:
-        return (await ask(lambda: self._whisper.transcribe.remote(upload))).text
+    async def _transcribe(self, upload: Upload, traceparent: str = "") -> tuple[str, float]:
+        transcript = await ask(lambda: self._whisper.transcribe.remote(upload, traceparent))
+        return transcript.text, transcript.seconds
 
     async def _known_features(self, image: ImageSource) -> Features | None:
+        tier, found = "ingress", None
         if isinstance(image, Upload):
-            return self._cache.get(await content_hash(image.data))
-        if isinstance(image, FileUse):
-            return await asyncio.to_thread(image.file.features, self._fingerprints.vision)
-        return None  # a URL may show another image every time
+            found = self._cache.get(await content_hash(image.data))
+        elif isinstance(image, FileUse):
+            tier, found = "file", await asyncio.to_thread(image.file.features, self._fingerprints.vision)
+        if found is not None:  # a URL may show another image every time
+            self._known.inc(1, {"tier": tier})
+        return found
 
     async def _keep_features(self, image: ImageSource, seen: Seen) -> None:
         if isinstance(image, Upload):

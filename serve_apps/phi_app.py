@@ -24,8 +24,11 @@ from mmllm_core.conversation import IMAGE_TOKEN_ID, render
 from mmllm_core.engine.grammar import token_bytes
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from serve_apps.config import PhiConfig
+from serve_apps.metrics import gauge
+from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle, ServedBundles
+from serve_apps.tracing import Trace, start_tracing
 from serve_apps.voices import Voice, Voices
 from serve_apps.work_in_flight import WorkInFlight
 
@@ -43,14 +46,21 @@ class PhiDeployment:
         ConfigError, ExportError, EngineError: as `start_engine`.
     """
 
-    def __init__(self, bundles: Mapping[str, ServedBundle], config: PhiConfig):
+    def __init__(
+        self,
+        bundles: Mapping[str, ServedBundle],
+        config: PhiConfig,
+        observability: ObservabilityConfig = ObservabilityConfig(),
+    ):
         opened = next(iter(bundles.values())).open()
         self._device = config.device
-        self._work = WorkInFlight("text", "tokens")
+        self._work, self._kv_use = WorkInFlight("text", "tokens"), gauge("mmllm_kv_use")
+        self._tracer = start_tracing(observability, "text")
         self._stream_interval_s = config.stream_interval_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
         self._voices = Voices(bundles, config)
+        self._kv_use.set(0.0)
 
     async def reconfigure(self, wanted: dict[str, Any]) -> None:
         """Take Serve's `user_config`, a `ServedBundles`: let other bundles answer, while what is on its way goes on.
@@ -77,17 +87,28 @@ class PhiDeployment:
             EngineError: the engine failed.
         """
         deadline = None if prompt.seconds is None else time.monotonic() + prompt.seconds
-        with self._work.request() as work, (await self._voices.of(get_multiplexed_model_id())).used() as voice:
+        with (
+            self._work.request() as work,
+            Trace(self._tracer, prompt.traceparent).span("generate") as (span, _),
+            (await self._voices.of(get_multiplexed_model_id())).used() as voice,
+        ):
             request = replace(await asyncio.to_thread(self._request, prompt, voice), deadline=deadline)
             work.amount = request.prompt_tokens
+            span.set_attribute("mmllm.prompt_tokens", request.prompt_tokens)
             async with aclosing(coalesce(voice.engine.generate(request), self._stream_interval_s)) as chunks:
                 async for chunk in chunks:
+                    if not work.begun:
+                        span.add_event("first token")
+                    self._work.begin(work)
+                    self._kv_use.set(self._voices.load().kv_use)
                     work.amount += len(chunk.token_ids)
                     yield chunk
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for the tokens of prompts and answers, waiting ones too, and the use of their memory."""
-        return self._work.stats() | {"kv_use": self._voices.load().kv_use}
+        kv_use = self._voices.load().kv_use
+        self._kv_use.set(kv_use)
+        return self._work.stats() | {"kv_use": kv_use}
 
     def vocabulary(self) -> list[bytes]:
         """What each token stands for, by its id; a token may be a part of a character."""

@@ -37,6 +37,8 @@ class Prompt:
     """Until its time is up; clocks differ between machines."""
     model: str = ""
     """Who is asked, where several answer."""
+    traceparent: str = ""
+    """Below which the answer is traced."""
 
     @cached_property
     def prefix(self) -> Prefix:

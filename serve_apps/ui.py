@@ -23,6 +23,7 @@ from gradio.utils import get_upload_folder
 from PIL import Image, ImageDraw
 
 from mmllm_core.errors import MmllmError
+from serve_apps.credentials import presented_key
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".opus", ".webm", ".aac")
@@ -53,18 +54,23 @@ class QuestionError(MmllmError):
 
 
 def build_chat_page(base_url: str, model: str, api_key: str = "not-needed") -> gr.Blocks:
-    """Build the page that talks to the API at `base_url` (without `/v1`) and asks for `model`."""
+    """Build the page that talks to the API at `base_url` (without `/v1`) and asks for `model`.
+
+    It asks with the key with which the page itself was asked for, and with `api_key` where there was none.
+    """
     client = openai.AsyncOpenAI(
         base_url=f"{base_url.rstrip('/')}/v1", api_key=api_key, timeout=openai.Timeout(300, connect=5), max_retries=1
     )
 
-    async def chat(message: Message, history: list[Message]) -> AsyncIterator[list[Message]]:
+    async def chat(message: Message, history: list[Message], request: gr.Request) -> AsyncIterator[list[Message]]:
+        key = presented_key(request.headers.get("authorization", ""), or_password=True)
+        asking = client.with_options(api_key=key) if key else client
         heard: list[str] = []
         text, notice = "", ""
         try:
             messages: Any = await asyncio.to_thread(to_messages, history, message)
             recordings = sum(part["type"] == "input_audio" for part in messages[-1]["content"])
-            async with await client.chat.completions.create(model=model, messages=messages, stream=True) as stream:
+            async with await asking.chat.completions.create(model=model, messages=messages, stream=True) as stream:
                 async for chunk in stream:
                     transcripts = (chunk.model_extra or {}).get("transcripts") or []
                     heard += transcripts[-recordings:] if recordings else []  # earlier recordings were sent again
@@ -148,6 +154,8 @@ def explain(error: Exception) -> str:
             return "The assistant took too long to answer. Try again, or ask for something shorter."
         case openai.APIConnectionError():
             return "The connection to the assistant failed. Try again in a moment."
+        case openai.RateLimitError(body={"code": "rate_limit_exceeded", "message": str(detail)}):
+            return f"Too much at a time: {detail}"
         case openai.APIStatusError(status_code=429 | 502 | 503 | 504):
             return "The assistant is busy or still starting. Try again in a moment."
         case openai.APIError(body={"message": str(detail)}) if detail:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mmllm_core.engine.json_schema import require_answerable
 from mmllm_core.errors import SchemaError
 
 if TYPE_CHECKING:
@@ -36,8 +37,9 @@ class Grammars:
         JSON is written on one line, with a space after commas and colons: white space without end is no answer.
 
         Raises:
-            SchemaError: it is no JSON schema, or asks for what is not known here.
+            SchemaError: it is no JSON schema, asks for what is not known here, or has no answer.
         """
+        require_answerable(schema)
         with self._starting:
             if self._compiler is None:
                 self._compiler = self._start()

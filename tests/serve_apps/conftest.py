@@ -64,9 +64,9 @@ class Service:
     model: str
     app_name: str
 
-    def client(self) -> openai.OpenAI:
+    def client(self, api_key: str = "none") -> openai.OpenAI:
         """A stock client that does not hide failures behind retries."""
-        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.base_url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def body(self, content: Any, **fields: Any) -> dict[str, Any]:
         """A request body of one user message."""
@@ -81,12 +81,16 @@ def serve_port() -> Iterator[int]:
 
 
 @contextmanager
-def own_serve() -> Iterator[int]:
-    """Ray and Serve that end with the block, and the port of HTTP."""
+def own_serve(host: str = "127.0.0.1") -> Iterator[int]:
+    """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
     import ray
     from ray import serve
 
+    from serve_apps.proxy import PROXY_ENVIRONMENT
+
+    os.environ.update(PROXY_ENVIRONMENT)
     port = free_port()
     ray.init(
         address="local",  # never somebody else's cluster
@@ -97,7 +101,7 @@ def own_serve() -> Iterator[int]:
         log_to_driver=False,
     )
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.start(http_options={"host": host, "port": port})
         yield port
     finally:
         serve.shutdown()

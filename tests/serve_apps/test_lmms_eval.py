@@ -13,7 +13,7 @@ import pytest
 from mmllm_core.conversation import ImagePart, TextPart
 from mmllm_core.data import easy_vqa
 from mmllm_core.errors import MmllmError
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 from serve_apps.openai_protocol import parse_request
 from tests.serve_apps.conftest import Service, data_uri, image_part, image_uri, text_part
 from train_jobs.benchmarks import BenchmarkRun, run_benchmarks

@@ -7,7 +7,7 @@ import pytest
 
 from mmllm_core.conversation import ImagePart, SpeechPart, TextPart
 from mmllm_core.errors import AudioError, BadInput, SchemaError
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 from serve_apps.openai_protocol import ChatCall, parse_request, with_transcripts
 
 LIMITS = Limits()

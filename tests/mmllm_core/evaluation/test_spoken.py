@@ -25,7 +25,7 @@ from mmllm_core.evaluation.spoken import (
 )
 from mmllm_core.evaluation.wer import WordErrors, normalise_english
 from mmllm_core.model import MultimodalLM
-from serve_apps.config import Limits
+from serve_apps.limits import Limits
 from serve_apps.openai_protocol import parse_request, with_transcripts
 from tests.conftest import TinyLM
 

@@ -1,0 +1,44 @@
+"""The Ray that a command starts: nobody joins it without its token, and it shows no dashboard."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STARTS = """
+import os, subprocess, sys
+from pathlib import Path
+from cluster.local import local_ray
+
+join = "import ray; ray.init(address=os.environ['ADDRESS'], logging_level='ERROR'); print(len(ray.nodes()))"
+with local_ray():
+    import ray
+    context = ray.get_runtime_context()
+    print("dashboard:", ray._private.worker._global_node.webui_url or "none")
+    print("saved:", (Path.home() / ".ray" / "auth_token").exists())
+    for token in (os.environ["RAY_AUTH_TOKEN"], "0" * 64):
+        environment = os.environ | {"ADDRESS": context.gcs_address, "RAY_AUTH_TOKEN": token}
+        joined = subprocess.run([sys.executable, "-c", "import os; " + join], env=environment, capture_output=True)
+        print("joined:", joined.returncode == 0)
+    from serve_apps.proxy import PROXY_ENVIRONMENT
+    [(name, value)] = PROXY_ENVIRONMENT.items()
+    print("sifted:", ray.get(ray.remote(lambda: os.environ.get(name)).remote()) == value)
+"""
+
+
+def test_nobody_joins_without_the_token(tmp_path: object) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", STARTS], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    said = [line for line in ran.stdout.splitlines() if ": " in line]
+    assert [line for line in said if line.startswith(("dash", "saved", "joined", "sifted"))] == [
+        "dashboard: none",
+        "saved: False",
+        "joined: True",
+        "joined: False",
+        "sifted: True",
+    ]
