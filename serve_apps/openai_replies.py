@@ -172,6 +172,9 @@ class Failure:
         return {"x-should-retry": "false"} if self.status == 504 else {}
 
 
+OVERLOADED = Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
+
+
 def to_failure(error: BaseException, request_id: str) -> Failure:
     """Say an exception to the caller; one that nobody foresaw is logged and told in general words.
 
@@ -185,7 +188,7 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
     if isinstance(error, ClientDisconnect):
         return Failure(499, "the request broke off", "client_closed_request")
     if isinstance(error, BackPressureError):
-        return Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
+        return OVERLOADED
     if isinstance(error, TimeoutError | DeadlineError):
         return Failure(504, "the answer took longer than a request may take: ask for less", "timeout")
     if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
