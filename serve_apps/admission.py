@@ -7,10 +7,10 @@ that it gives. A pure ASGI middleware. Does not know bodies.
 import math
 from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.http_body import error_response
-from serve_apps.openai_replies import OVERLOADED
+from serve_apps.openai_replies import OVERLOADED, Overloaded
 from serve_apps.request_record import RequestRecord
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ def capacity(config: "ServeConfig") -> int | None:
 
 
 class Admission:
-    """The middleware; what it turns away gets 429 and may come back."""
+    """The middleware; what it turns away gets 429 and may come back.
+
+    A chat has a place from when its body is here: those that come slowly keep nobody out.
+    """
 
     def __init__(self, app: ASGIApp, config: "ServeConfig"):
         self._app = app
@@ -38,16 +41,28 @@ class Admission:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_chat = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(CHAT)
-        if not is_chat or self._capacity is None:
+        most = self._capacity
+        if not is_chat or most is None:
             await self._app(scope, receive, send)
             return
-        if self._inside >= self._capacity:
+        if self._inside >= most:
             record: RequestRecord = scope.setdefault("mmllm.record", RequestRecord())
             record.error = OVERLOADED.code
             await error_response(OVERLOADED)(scope, receive, send)
             return
-        self._inside += 1
+        is_in = False
+
+        async def received() -> Message:
+            nonlocal is_in
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False) and not is_in:
+                if self._inside >= most:
+                    raise Overloaded
+                self._inside += 1
+                is_in = True
+            return message
+
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, received, send)
         finally:
-            self._inside -= 1
+            self._inside -= is_in

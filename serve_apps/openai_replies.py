@@ -172,6 +172,10 @@ class Failure:
         return {"x-should-retry": "false"} if self.status == 504 else {}
 
 
+class Overloaded(Exception):
+    """A request for which there is no room now."""
+
+
 OVERLOADED = Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
 
 
@@ -187,7 +191,7 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
         return Failure(getattr(error, "status", 400), error.message, error.code, error.param)
     if isinstance(error, ClientDisconnect):
         return Failure(499, "the request broke off", "client_closed_request")
-    if isinstance(error, BackPressureError):
+    if isinstance(error, BackPressureError | Overloaded):
         return OVERLOADED
     if isinstance(error, TimeoutError | DeadlineError):
         return Failure(504, "the answer took longer than a request may take: ask for less", "timeout")

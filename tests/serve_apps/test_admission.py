@@ -24,11 +24,13 @@ def test_all_ingress_replicas_together_let_in_what_the_lm_takes() -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_who_is_turned_away_comes_back_when_another_has_left() -> None:
     free, failing = asyncio.Event(), asyncio.Event()
+    inside: list[bytes] = []
     app = FastAPI()
     config = load_serve_config("embedded", SMALL)
 
     @app.post(CHAT)
     async def chat(request: Request) -> dict[str, bool]:
+        inside.append(await request.body())
         await free.wait()
         if failing.is_set():
             raise RuntimeError("a failure must not keep its place")
@@ -47,11 +49,13 @@ async def test_who_is_turned_away_comes_back_when_another_has_left() -> None:
         for fails in (False, True, False):
             (failing.set if fails else failing.clear)()
             free.clear()
-            inside = ask(2)
-            await asyncio.sleep(0)
+            inside.clear()
+            asked = ask(2)
+            while len(inside) < 2:
+                await asyncio.sleep(0)
             refused = await client.post(CHAT)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert refused.json()["error"]["code"] == "overloaded"
             assert (await client.get("/healthz")).status_code == 200
             free.set()
-            assert [reply.status_code for reply in await asyncio.gather(*inside)] == [500 if fails else 200] * 2
+            assert [reply.status_code for reply in await asyncio.gather(*asked)] == [500 if fails else 200] * 2
