@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from mmllm_core.errors import ConfigError
+from mmllm_core.models.profile import load_profile
 from serve_apps.builder import load_serve_config, serve_config_names
 
 
@@ -82,3 +83,18 @@ def test_a_relative_feature_store_means_the_same_folder_for_replicas_elsewhere(
     assert config.clip.feature_store == str(tmp_path / "features")
     url = load_serve_config("embedded", {"clip.feature_store": "s3://bucket/features"})
     assert url.clip.feature_store == "s3://bucket/features"
+
+
+def test_how_whisper_is_run_is_the_profiles_unless_the_config_says() -> None:
+    profile = load_profile("embedded").audio
+    assert load_serve_config("embedded").whisper.audio(profile) == profile
+    changed = {"whisper.engine": "openai-whisper", "whisper.compute_type": "float32", "whisper.batch_size": 4}
+    audio = load_serve_config("embedded", changed).whisper.audio(profile)
+    assert (audio.engine, audio.compute_type, audio.batch_size) == ("openai-whisper", "float32", 4)
+    assert audio.beam_size == profile.beam_size
+
+
+@pytest.mark.parametrize("wrong", [{"whisper.engine": "openai-whisper"}, {"whisper.compute_type": "float16"}])
+def test_whisper_does_not_compute_in_what_it_cannot(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="compute_type"):
+        load_serve_config("embedded", wrong).whisper.audio(load_profile("embedded").audio)
