@@ -116,12 +116,14 @@ def reload_bundle(bundle: Bundle, model: str | None = None) -> str:
     Raises:
         EnvironmentLack: no assistant is served there.
         BundleError: the bundle has another base.
+        ConfigError: there is no room for it beside the one that answers.
         MmllmError: no such model is served, or a replica could not load the bundle and goes on with the old one.
     """
     from ray import serve
 
     from serve_apps.builder import APP_NAME, PHI, build
-    from serve_apps.served_bundles import ServedBundle, require_same_base
+    from serve_apps.phi_engine import require_reloadable
+    from serve_apps.served_bundles import ServedBundle, require_base
 
     if APP_NAME not in serve.status().applications:
         raise EnvironmentLack("no assistant is served on this Ray: start it with 'mmllm serve'")
@@ -132,7 +134,8 @@ def reload_bundle(bundle: Bundle, model: str | None = None) -> str:
     model = model or first
     if model not in served:
         raise MmllmError(f"model '{model}' is not served: choose one of {', '.join(served)}")
-    require_same_base(served[first].open(), bundle)
+    require_base(replicas.base.remote().result(), bundle)
+    require_reloadable(config.phi)
     wanted = served | {model: ServedBundle.of(bundle)}
     adapters = {name: served_bundle.folder for name, served_bundle in wanted.items() if name != first}
     config = config.model_copy(update={"phi": config.phi.model_copy(update={"adapters": adapters})})

@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
 from serve_apps.access import Caller, caller_of, guard
+from serve_apps.admission import Admission
 from serve_apps.asking import again, ask, begun
 from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
@@ -80,6 +81,7 @@ class Assistant:
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
         app = build_http_app(self)
+        app.add_middleware(Admission, config=self.config)
         guard(app, self.config)
         app.add_middleware(Recorded, config=self.config.observability)  # before the door: what it refuses is told too
         if self.config.ui:

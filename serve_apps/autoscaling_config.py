@@ -87,6 +87,8 @@ class TextAutoscaling(WorkAutoscaling):
 
     unit = "tokens"
 
+    min_replicas: int = Field(default=1, ge=1)
+    """Every request needs the LM, and it takes longest to start."""
     target_tokens: float = Field(gt=0)
     tokens_per_request: float = Field(default=512.0, gt=0)
     max_kv_use: float = Field(default=0.8, gt=0, le=1)

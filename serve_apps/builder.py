@@ -25,7 +25,7 @@ from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
-from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_same_base
+from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_base
 from serve_apps.whisper_app import WhisperDeployment, require_hearing
 
 if TYPE_CHECKING:
@@ -78,19 +78,19 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
     phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi, config.observability)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    hears = hashlib.sha256(opened.profile.audio.model_dump_json().encode()).hexdigest()[:16]
+    hears = hashlib.sha256(config.whisper.audio(opened.profile.audio).model_dump_json().encode()).hexdigest()[:16]
     fingerprints = Fingerprints(opened.info.feature_fingerprint, hears)
     return ingress.bind(clip, whisper, phi, list(bundles), config, fingerprints)
 
 
 def _adapters(config: PhiConfig, first: Bundle, name: str) -> dict[str, ServedBundle]:
     """The further bundles of a config, by model name; all that is known against them is said here."""
-    found = {}
+    found, base = {}, base_of(first)
     for other, folder in config.adapters.items():
         if other == name:
             raise ConfigError(f"phi.adapters: '{other}' is the name of the first bundle: give it another")
         opened = Bundle.open(folder)
-        require_same_base(first, opened)
+        require_base(base, opened)
         require_servable(opened, config)
         found[other] = ServedBundle.of(opened)
     return found

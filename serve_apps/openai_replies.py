@@ -172,6 +172,13 @@ class Failure:
         return {"x-should-retry": "false"} if self.status == 504 else {}
 
 
+class Overloaded(Exception):
+    """A request for which there is no room now."""
+
+
+OVERLOADED = Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
+
+
 def to_failure(error: BaseException, request_id: str) -> Failure:
     """Say an exception to the caller; one that nobody foresaw is logged and told in general words.
 
@@ -184,8 +191,8 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
         return Failure(getattr(error, "status", 400), error.message, error.code, error.param)
     if isinstance(error, ClientDisconnect):
         return Failure(499, "the request broke off", "client_closed_request")
-    if isinstance(error, BackPressureError):
-        return Failure(429, "the assistant has too many requests waiting: try again in a moment", "overloaded")
+    if isinstance(error, BackPressureError | Overloaded):
+        return OVERLOADED
     if isinstance(error, TimeoutError | DeadlineError):
         return Failure(504, "the answer took longer than a request may take: ask for less", "timeout")
     if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):

@@ -27,7 +27,7 @@ from serve_apps.config import PhiConfig
 from serve_apps.metrics import gauge
 from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.prompt import Prompt
-from serve_apps.served_bundles import ServedBundle, ServedBundles
+from serve_apps.served_bundles import Base, ServedBundle, ServedBundles
 from serve_apps.tracing import Trace, start_tracing
 from serve_apps.voices import Voice, Voices
 from serve_apps.work_in_flight import WorkInFlight
@@ -109,6 +109,10 @@ class PhiDeployment:
         kv_use = self._voices.load().kv_use
         self._kv_use.set(kv_use)
         return self._work.stats() | {"kv_use": kv_use}
+
+    def base(self) -> Base:
+        """What another bundle must share with those that are served."""
+        return self._voices.base
 
     def vocabulary(self) -> list[bytes]:
         """What each token stands for, by its id; a token may be a part of a character."""

@@ -50,6 +50,20 @@ def require_servable(bundle: Bundle, config: PhiConfig) -> None:
         )
 
 
+def require_reloadable(config: PhiConfig) -> None:
+    """Refuse to load another bundle beside the one that answers where there cannot be room for both.
+
+    Raises:
+        ConfigError: what to do instead.
+    """
+    alone = config.engine == "vllm" and config.device == "cuda" and not config.adapters
+    if alone and config.vllm.gpu_memory_utilization > 0.5:
+        raise ConfigError(
+            f"vllm.gpu_memory_utilization: {config.vllm.gpu_memory_utilization:g} leaves no room for another LM beside "
+            "the one that answers: deploy anew, or serve bundles by phi.adapters, which share one"
+        )
+
+
 def start_engine(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engine]:
     """Load a bundle's model and start its engine.
 

@@ -44,8 +44,12 @@ class ServedBundles(StrictModel):
     """By model name; those that are not named stay as they are."""
 
 
-def base_of(bundle: Bundle) -> dict[str, object]:
-    """What a bundle shares with others that were trained on the same models, by what it is called in messages."""
+Base = dict[str, object]
+"""What bundles share that were trained on the same models, by what it is called in messages."""
+
+
+def base_of(bundle: Bundle) -> Base:
+    """The base of a bundle."""
     profile = bundle.profile
     return {
         "CLIP": (bundle.info.feature_fingerprint, bundle.info.d_vision, bundle.info.n_patches),
@@ -58,17 +62,20 @@ def base_of(bundle: Bundle) -> dict[str, object]:
     }
 
 
-def require_same_base(first: Bundle, other: Bundle) -> None:
-    """Refuse a bundle that cannot share what `first` is served with.
+def require_base(base: Base, other: Bundle) -> None:
+    """Refuse a bundle that cannot share what is served.
+
+    Args:
+        base: of what is served.
 
     Raises:
         BundleError: it was trained on another CLIP, LM, Whisper or tokenizer.
     """
-    ours, theirs = base_of(first), base_of(other)
-    if differing := [what for what in ours if ours[what] != theirs[what]]:
+    theirs = base_of(other)
+    if differing := [what for what in base if base[what] != theirs[what]]:
         raise BundleError(
-            f"bundle '{other.info.name}' ({other.folder}) has another {' and another '.join(differing)} than "
-            f"'{first.info.name}' and cannot share its replicas: serve it by itself"
+            f"bundle '{other.info.name}' ({other.folder}) has another {' and another '.join(differing)} than what is "
+            "served and cannot share its replicas: serve it by itself"
         )
 
 

@@ -19,8 +19,8 @@ from mmllm_core.engine.protocol import Engine, EngineLoad
 from mmllm_core.errors import ConfigError
 from mmllm_core.model import MultimodalLM
 from serve_apps.config import PhiConfig
-from serve_apps.phi_engine import SharedBase, start_engine, start_shared
-from serve_apps.served_bundles import ServedBundle
+from serve_apps.phi_engine import SharedBase, require_reloadable, require_servable, start_engine, start_shared
+from serve_apps.served_bundles import Base, ServedBundle, base_of, require_base
 
 
 @dataclass(eq=False)
@@ -87,6 +87,8 @@ class Voices:
         self._shared: SharedBase | None = None
         self._held: WeakValueDictionary[str, _Held] = WeakValueDictionary()
         first = bundles[self._first]
+        self.base: Base = base_of(first.open())
+        """What every bundle that is served here shares."""
         torch.set_num_threads(config.n_threads)
         with ThreadPoolExecutor(1) as starting:  # its team of threads ends with it: the engine's shall be the only one
             if config.adapters:
@@ -133,10 +135,13 @@ class Voices:
         if unknown := sorted(bundles.keys() - self._bundles.keys()):
             raise ConfigError(f"model '{unknown[0]}' is not served: choose one of {', '.join(self._bundles)}")
         changed = {name: bundle for name, bundle in bundles.items() if bundle != self._bundles[name]}
+        if changed:
+            require_reloadable(self._config)
         voices = {}
         for name, bundle in changed.items():
             with ThreadPoolExecutor(1) as starting:
                 voices[name] = await asyncio.wrap_future(starting.submit(self._start, bundle))
+        torch.set_num_threads(1)  # as an engine starts it has its own number, which later threads would take over
         for name, voice in voices.items():
             self._bundles[name] = changed[name]
             held = self._only if name == self._first else self._held.get(name)
@@ -171,6 +176,8 @@ class Voices:
 
     def _start(self, bundle: ServedBundle) -> Voice:
         opened = bundle.open()
+        require_servable(opened, self._config)
+        require_base(self.base, opened)
         adapter = None
         if self._shared is None:
             model, engine = start_engine(opened, self._config)

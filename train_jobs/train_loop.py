@@ -209,13 +209,13 @@ class _Worker:
         folder = Path(tempfile.mkdtemp(prefix=self.scratch)) if self.rank == 0 else None
         try:
             save_checkpoint(engine, manifest, folder, state)
-        except MmllmError:
+            if folder:
+                self.uploads.begin()
+        except Exception:
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         mode = ray.train.CheckpointUploadMode
-        if folder:
-            self.uploads.begin()
         ray.train.report(
             {"step": state.step, "loss_ema": state.loss_ema or _NOTHING_LEARNED},
             checkpoint=ray.train.Checkpoint.from_directory(folder) if folder else None,

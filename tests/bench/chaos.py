@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,12 @@ def service() -> Iterator[tuple[Service, Any]]:
 
 
 async def overload(load: MixedLoad, times: float, seconds: float) -> dict[str, Any]:
-    """More than the service can take, and twice, to see whether memory grows."""
+    """More than the service can take, again and again, to see whether memory grows."""
     began = time.monotonic()
     rate = len(await load.closed(96, 16)) / (time.monotonic() - began)
     memory = [memory_mb([INGRESS, *BEHIND])]
     rounds = []
-    for _ in range(3):
+    for _ in range(5):
         load.endings = []
         rounds += await load.open(times * rate, seconds)
         memory.append(memory_mb([INGRESS, *BEHIND]))
@@ -102,10 +103,10 @@ async def overload(load: MixedLoad, times: float, seconds: float) -> dict[str, A
     }
 
 
-async def kills(load: MixedLoad, n_requests: int, deployments: list[str], every_s: float) -> dict[str, Any]:
+async def kills(load: MixedLoad, app: str, n_requests: int, deployments: list[str]) -> dict[str, Any]:
     """Requests while replicas die."""
     load.endings = []
-    killed = await kill_now_and_then(deployments, every_s, load.closed(n_requests, 8))
+    killed = await kill_now_and_then(app, deployments, load.closed(n_requests, 8))
     return {"killed": dict(killed), "endings": endings(load.endings)}
 
 
@@ -149,10 +150,13 @@ async def measure(n_requests: int) -> dict[str, Any]:
     """All of it, one after another."""
     with service() as (target, deploy):
         load = MixedLoad(target.base_url, target.model, recorded_speech())
+        retrying = replace(load, retries=2, endings=[])
+        app = target.app_name
         return {
             "overload": await overload(load, 10, 12),
-            "kills_behind_the_ingress": await kills(load, n_requests, BEHIND, 4),
-            "kills_of_the_ingress": await kills(load, n_requests // 4, [INGRESS], 6),
+            "kills_behind_the_ingress": await kills(load, app, n_requests, BEHIND),
+            "kills_of_the_ingress": await kills(load, app, n_requests // 5, [INGRESS]),
+            "kills_of_the_ingress_where_clients_retry": await kills(retrying, app, n_requests // 5, [INGRESS]),
             "redeploy": await redeploy(load, deploy),
             "hang_up": await hang_up(target, 10),
         }

@@ -4,10 +4,10 @@
 
 Three ways: `served` is `Transcriber` as the embedded profile has it (faster-whisper in int8, short windows first);
 `exchanged` is the same with openai-whisper as its engine; `openai-whisper` is `whisper.transcribe` with its defaults,
-as a plain program calls it. Clips are sentences and short questions spoken by Piper and eSpeak, all of them in one
-long clip, and what DIR holds: `NAME.wav` with what is said in `NAME.txt`. Ways take turns clip by clip, so that other
-work on the machine slows all alike; of several rounds a clip's fastest counts. Out: seconds, real-time factors,
-ratios and word error rates (after Whisper's own normalisation of English), as a table and JSON.
+as a plain program calls it. Clips are sentences and short questions spoken by Piper and eSpeak, sentences in one long
+clip, and what DIR holds: `NAME.wav` with what is said in `NAME.txt`. Ways take turns clip by clip, so that other work
+on the machine slows all alike; of several rounds a clip's fastest counts. Out: seconds, real-time factors, ratios and
+word error rates (after Whisper's own normalisation of English), as a table and JSON.
 """
 
 import argparse

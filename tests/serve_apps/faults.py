@@ -7,6 +7,7 @@ request that hangs, and a stream that stops without a word.
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,10 @@ from PIL import Image
 
 HANG_S = 120.0
 """After which a request counts as hung."""
+
+
+RETRIED = {"429", "500", "503", "504", "broken"}
+"""What OpenAI's client tries again."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class MixedLoad:
         url, model: of the service.
         speech: bytes of an mp3.
         streamed: whether all are, or every other one if None.
+        retries: how often a request that failed before its first token is sent again, as OpenAI's client does (twice).
     """
 
     url: str
@@ -57,6 +63,7 @@ class MixedLoad:
     max_tokens: int = 24
     seed: int = 0
     streamed: bool | None = None
+    retries: int = 0
     kinds: Sequence[str] = ("text", "image", "speech")
     endings: list[Ending] = field(default_factory=list)
 
@@ -84,7 +91,16 @@ class MixedLoad:
         return self.endings
 
     async def ask(self, client: httpx.AsyncClient, number: int) -> Ending:
-        """Send request `number` and wait for its end."""
+        """Send request `number` and wait for its end, as often as it may be sent."""
+        ending = await self._ask(client, number)
+        for attempt in range(self.retries):
+            if ending.how not in RETRIED or ending.first_token_s is not None:
+                break
+            await asyncio.sleep(0.5 * 2**attempt)
+            ending = await self._ask(client, number)
+        return ending
+
+    async def _ask(self, client: httpx.AsyncClient, number: int) -> Ending:
         kind = self.kinds[number % len(self.kinds)]
         streamed = number % 2 == 0 if self.streamed is None else self.streamed
         body = {
@@ -160,24 +176,28 @@ def replica_processes(deployment: str) -> list[psutil.Process]:
     return found
 
 
-async def kill_now_and_then(
-    deployments: list[str], every_s: float, until: Awaitable[Any], seed: int = 0
-) -> Counter[str]:
-    """Kill a replica of each deployment in turn, at random, without a warning, until something is done.
+async def kill_now_and_then(app: str, deployments: list[str], until: Awaitable[Any], seed: int = 0) -> Counter[str]:
+    """Kill a replica of each deployment in turn, at random and without a warning, until something is done.
+
+    Never the last one of a deployment: it is waited for until another one runs.
 
     Returns:
         How many of each were killed.
     """
+    from ray import serve
+
     chance = random.Random(seed)
     killed: Counter[str] = Counter()
     done = asyncio.ensure_future(until)
-    turn = 0
-    while not (await asyncio.wait({done}, timeout=every_s))[0]:
-        name = deployments[turn % len(deployments)]
-        turn += 1
-        if replicas := replica_processes(name):
-            os.kill(chance.choice(replicas).pid, signal.SIGKILL)
-            killed[name] += 1
+    turns = itertools.cycle(deployments)
+    name = next(turns)
+    while not (await asyncio.wait({done}, timeout=1))[0]:
+        states = serve.status().applications[app].deployments[name].replica_states
+        if states.get("RUNNING", 0) < 2 or len(replicas := replica_processes(name)) < 2:
+            continue
+        os.kill(chance.choice(replicas).pid, signal.SIGKILL)
+        killed[name] += 1
+        name = next(turns)
     await done
     return killed
 

@@ -20,7 +20,7 @@ from mmllm_core.errors import BundleError, EngineError, MmllmError
 from serve_apps.builder import load_serve_config
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
-from serve_apps.served_bundles import ServedBundle, ServedBundles, require_same_base
+from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_base
 from tests.serve_apps.bundles import adapted
 from tests.serve_apps.conftest import Service, deploy, image_part, image_uri, text_part
 
@@ -138,12 +138,12 @@ async def _say(phi: PhiDeployment) -> list[int]:
 
 
 def test_a_bundle_of_another_base_is_refused_and_says_what_differs(bundle: Bundle, other: Bundle) -> None:
-    require_same_base(bundle, other)
+    require_base(base_of(bundle), other)
     language = bundle.profile.language.model_copy(update={"quantization": "nf4"})
     profile = bundle.profile.model_copy(update={"language": language})
     changed = Bundle(other.folder, other.info.model_copy(update={"profile": profile}))
-    with pytest.raises(BundleError, match="has another LM than 'tiny'"):
-        require_same_base(bundle, changed)
+    with pytest.raises(BundleError, match="has another LM than what is served"):
+        require_base(base_of(bundle), changed)
     seen = Bundle(other.folder, other.info.model_copy(update={"feature_fingerprint": "of another"}))
     with pytest.raises(BundleError, match="another CLIP"):
-        require_same_base(bundle, seen)
+        require_base(base_of(bundle), seen)
