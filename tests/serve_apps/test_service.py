@@ -215,10 +215,11 @@ def test_the_page_and_the_api_share_a_port(service: Service) -> None:
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
     assert httpx.get(f"{service.base_url}/healthz").json() == {"status": "ok"}
-    for method, path in (("GET", "/v1/chat/completions"), ("POST", "/v1/moderations"), ("DELETE", "/v1/models")):
+    for method, path in (("GET", "/v1/chat/completions"), ("DELETE", "/v1/models")):
         reply = httpx.request(method, service.base_url + path)
-        assert reply.status_code == 404
-        assert reply.json()["error"]["code"] == "not_found"
+        assert (reply.status_code, reply.json()["error"]["code"]) == (405, "method_not_allowed")
+    reply = httpx.post(f"{service.base_url}/v1/images/generations")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
     described = httpx.get(f"{service.base_url}/openapi.json").json()
     references = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(described)))
     assert "ChatMessage" in references
