@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import FastAPI, Request
 from starlette.datastructures import Headers
@@ -83,8 +83,8 @@ def guard(app: FastAPI, config: "ServeConfig") -> None:
             CORSMiddleware,
             allow_origins=config.access.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
-            expose_headers=["x-request-id", "retry-after"],
+            allow_headers=["*"],  # clients add their own; no cookie of ours goes along
+            expose_headers=["*"],
         )
 
 
@@ -204,7 +204,7 @@ def _path_within(scope: Scope) -> str:
 
 def _require_local(headers: Headers, access: AccessConfig) -> None:
     """Turn away what a page of another origin sent, under its own name (CORS) or under ours (DNS rebinding)."""
-    host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+    host = _split(f"//{headers.get('host', '')}").hostname or ""
     if not is_loopback(host):
         message = "without API keys this service answers to 127.0.0.1 and localhost alone: set access.keys_file"
         raise Refusal(Failure(403, message, "forbidden_host"))
@@ -213,7 +213,15 @@ def _require_local(headers: Headers, access: AccessConfig) -> None:
         raise Refusal(Failure(403, message, "forbidden_origin"))
 
 
+def _split(url: str) -> SplitResult:
+    """The parts of a URL that may be no URL at all, and is nobody's then."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
 def _is_of_us(headers: Headers, access: AccessConfig) -> bool:
     """Whether no page asks, or one of this service or of an origin that may."""
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host") or origin in access.cors_origins
+    return origin is None or _split(origin).netloc == headers.get("host") or origin in access.cors_origins

@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 CHAT = "/v1/chat/completions"
 
 
-def capacity(config: "ServeConfig") -> int | None:
-    """Chats that one ingress replica lets in, where there are as few of them as there may be; None for any number."""
+def capacity(config: "ServeConfig") -> int:
+    """Chats that one ingress replica lets in, where there are as few of them as there may be.
+
+    Never all that it can hold: others would wait in Serve's proxy, where no deadline ends them, and health checks too.
+    """
     phi, ingress = config.phi, config.ingress
+    most = max(1, ingress.max_ongoing_requests * 9 // 10)
     if phi.max_queued_requests < 0:
-        return None
+        return most
     n_ingress = ingress.autoscaling.min_replicas if ingress.autoscaling else ingress.num_replicas or 1
-    return math.ceil((phi.max_ongoing_requests * phi.max_replicas + phi.max_queued_requests) / n_ingress)
+    of_lm = phi.max_ongoing_requests * phi.max_replicas + phi.max_queued_requests
+    return min(most, math.ceil(of_lm / n_ingress))
 
 
 class Admission:
@@ -42,7 +47,7 @@ class Admission:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_chat = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].endswith(CHAT)
         most = self._capacity
-        if not is_chat or most is None:
+        if not is_chat:
             await self._app(scope, receive, send)
             return
         if self._inside >= most:

@@ -3,7 +3,7 @@
 Does not know what is asked.
 """
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ray.exceptions import RayActorError
@@ -43,6 +43,13 @@ async def begun(start: Callable[[], AsyncGenerator[T, None]]) -> tuple[T, AsyncG
         StopAsyncIteration: there is none.
     """
     return await again(lambda: _first(start()))
+
+
+async def preceded(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
+    """A stream whose first item was taken from it."""
+    yield first
+    async for item in rest:
+        yield item
 
 
 async def _result(response: "DeploymentResponse") -> Any:

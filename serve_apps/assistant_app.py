@@ -20,7 +20,7 @@ from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
 from serve_apps.access import Caller, caller_of, guard
 from serve_apps.admission import Admission
-from serve_apps.asking import again, ask, begun
+from serve_apps.asking import again, ask, begun, preceded
 from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
 from serve_apps.embedding_protocol import parse_embedding_request
@@ -155,6 +155,7 @@ class Assistant:
         require_model(call.model, caller_of(request).allowed(self._models))
         record_of(request).model = call.model
         found = await self._perceiver.embed(call.inputs, call.dimensions)
+        record_of(request).prompt_tokens = found.tokens
         return JSONResponse(await asyncio.to_thread(call.reply, found))
 
     def _elsewhere(self, request: Request) -> Elsewhere:
@@ -171,6 +172,7 @@ class Assistant:
         self, call: ChatCall, seen: Perception, id: str, deadline: float, record: RequestRecord
     ) -> AsyncGenerator[EngineChunk, None]:
         """The LM's chunks, until each answer has ended; closing the generator cancels the LM's request."""
+        record.begin_answer()
         messages = with_transcripts(call, seen.transcripts)
         seconds = deadline - asyncio.get_running_loop().time()
         model = call.model if len(self._models) > 1 else ""  # of one there is nothing to choose
@@ -214,7 +216,7 @@ async def _events(
         for opening in reply.first():
             yield event(opening)
         try:
-            async for chunk in _preceded(first, chunks):
+            async for chunk in preceded(first, chunks):
                 if chunk.text or chunk.logprobs:
                     yield event(reply.piece(chunk))
                 if chunk.finish_reason is not None:
@@ -226,12 +228,6 @@ async def _events(
             if include_usage:
                 yield event(reply.closing_usage(list(last.values())))
         yield DONE
-
-
-async def _preceded(first: EngineChunk, chunks: AsyncIterator[EngineChunk]) -> AsyncIterator[EngineChunk]:
-    yield first
-    async for chunk in chunks:
-        yield chunk
 
 
 def build_http_app(assistant: Assistant) -> FastAPI:

@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from serve_apps.access import caller_of
-from serve_apps.asking import again, begun
+from serve_apps.asking import again, begun, preceded
 from serve_apps.http_body import error_response, failure_of
 from serve_apps.limits import Limits
 from serve_apps.multipart import read_form
@@ -70,7 +70,7 @@ class SpeechApi:
                 if not asked.stream:
                     return _reply(asked, await again(lambda: _whole(listen())))
                 # The first piece is awaited before the status is sent, so that a refusal is a 4xx and not an event.
-                first, pieces = await begun(listen)
+                first, pieces = await begun(lambda: _from_first_words(listen()))
             return StreamingResponse(
                 _events(asked, first, pieces, request),
                 media_type="text/event-stream",
@@ -95,6 +95,18 @@ class SpeechApi:
             response.cancel()
 
 
+async def _from_first_words(pieces: AsyncGenerator[Heard, None]) -> AsyncGenerator[Heard, None]:
+    """Pieces from the first that holds a segment on, or the last where none does: until then nothing is told."""
+    is_told, last = False, None
+    async with aclosing(pieces):
+        async for last in pieces:
+            if is_told or last.segments:
+                is_told = True
+                yield last
+    if not is_told and last is not None:
+        yield last
+
+
 async def _whole(pieces: AsyncGenerator[Heard, None]) -> Heard:
     async with aclosing(pieces):
         return all_heard([piece async for piece in pieces])
@@ -114,11 +126,11 @@ async def _events(
     asked: SpeechRequest, first: Heard, pieces: AsyncGenerator[Heard, None], request: Request
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a stream; an error that comes now is an event too."""
-    told = [first]
+    told: list[Heard] = []
     number = 0
     async with aclosing(pieces):
         try:
-            async for heard in pieces:
+            async for heard in preceded(first, pieces):
                 told.append(heard)
                 for segment in heard.segments:
                     yield event(delta_event(asked, number, segment))

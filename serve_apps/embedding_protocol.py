@@ -6,6 +6,7 @@ HTTP or Ray.
 """
 
 import base64
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ from pydantic import FailFast, Field, ValidationError, field_validator
 from mmllm_core.errors import BadInput
 from serve_apps.embeddings import Embeddings, TypedText
 from serve_apps.limits import Limits
-from serve_apps.media import Elsewhere, ImageSource
+from serve_apps.media import Elsewhere, FileUse, ImageSource, LinkedImage
 from serve_apps.openai_protocol import FileContent, ImageContent, TextContent, json_object, to_bad_input
 from serve_apps.openai_sampling import Body
 from serve_apps.stored_file import is_file_id
@@ -78,7 +79,19 @@ def parse_embedding_request(body: bytes, limits: Limits, elsewhere: Elsewhere) -
     if sum(len(part.text) for part in request.input if isinstance(part, TextContent)) > limits.max_text_chars:
         raise BadInput(f"'input': more than the {limits.max_text_chars} characters that are allowed", "input")
     inputs = tuple(_source(part, f"input.{i}", elsewhere) for i, part in enumerate(request.input))
+    _require_bounded(inputs, limits)
     return EmbeddingCall(request.model, inputs, request.encoding_format == "base64", request.dimensions)
+
+
+def _require_bounded(inputs: Sequence[ImageSource | TypedText], limits: Limits) -> None:
+    """What a request names is held in memory as what it brings along is, and is bounded alike."""
+    if sum(one.file.record.bytes for one in inputs if isinstance(one, FileUse)) > limits.max_body_bytes:
+        raise BadInput(
+            f"'input': its files are larger together than the {limits.max_body_bytes} bytes that are allowed at a time",
+            "input",
+        )
+    if (found := sum(isinstance(one, LinkedImage) for one in inputs)) > limits.max_images:
+        raise BadInput(f"'input': {found} URLs, and at most {limits.max_images} are fetched at a time", "input")
 
 
 def _part(value: Any) -> Any:

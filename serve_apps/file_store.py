@@ -74,12 +74,18 @@ class FileStore:
         """One owner's files; the empty string is who asks without a key."""
         return OwnedFiles(self, self._folder / hashlib.sha256(owner.encode()).hexdigest()[:32])
 
-    def require_room(self, n_bytes: int) -> None:
-        """Refuse a file before anything is computed of it.
+    def make_room(self, n_bytes: int) -> None:
+        """Remove what is over, and refuse a file for which there is no room before anything is computed of it.
 
         Raises:
             StorageFull: it would be one too many, or they would be too large together.
         """
+        if self._folder.is_dir():
+            with FileLock(self._folder / ".lock"):
+                self.sweep()
+        self._require_room(n_bytes)
+
+    def _require_room(self, n_bytes: int) -> None:
         files = [_size(folder) for folder in self._files()]
         most = self._config
         if len(files) + 1 > most.max_files:
@@ -120,7 +126,7 @@ class FileStore:
             owned.mkdir(exist_ok=True)
             with FileLock(self._folder / ".lock"):
                 self.sweep()
-                self.require_room(_size(making))
+                self._require_room(_size(making))
                 making.rename(owned / record.id)
         except (OSError, EnvironmentLack) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)

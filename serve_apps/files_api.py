@@ -69,7 +69,7 @@ class FilesApi:
         kind = media_kind(form.file, "file")
         if purpose == "vision" and kind != "image":
             raise BadInput("'purpose': 'vision' is for images: upload a sound as 'user_data'", "purpose")
-        await asyncio.to_thread(self._store.require_room, len(form.file))
+        await asyncio.to_thread(self._store.make_room, len(form.file))
         perceived = await self._perceiver.examine(kind, Upload(form.file, "file"))
         new = NewFile(form.file, _shown_name(form.filename), purpose, kind, perceived, seconds)
         stored = await asyncio.to_thread(self.of(request).add, new)

@@ -4,12 +4,13 @@ In: a request. Out: a `Form`, or an error that names the field. Bytes are counte
 in a temporary file until it is whole. Does not know what forms are for.
 """
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from mmllm_core.errors import BadInput
@@ -19,6 +20,8 @@ MAX_FIELDS = 32
 MAX_FIELD_BYTES = 8192
 OVERHEAD_BYTES = 64_000
 """Of a form beside its file: boundaries, headers and short fields."""
+
+_CHARSET = re.compile(r""";\s*charset\s*=\s*("[^"]*"|[^;]*)""", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,14 @@ async def read_form(request: Request, max_file_bytes: int, known: Collection[str
     if kind.partition(";")[0].strip().lower() != "multipart/form-data":
         raise BadInput("the body must be a form: send it as multipart/form-data")
     async with aclosing(bounded_body(request, max_file_bytes + OVERHEAD_BYTES)) as pieces:
-        parser = MultiPartParser(
-            request.headers, pieces, max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
-        )
+        headers = Headers({"content-type": _CHARSET.sub("", kind)})  # UTF-8, whatever else is asked for
+        parser = MultiPartParser(headers, pieces, max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES)
         try:
             form = await parser.parse()
         except MultiPartException as error:
             raise BadInput(f"the form cannot be read: {_reason(error)}") from None
+        except UnicodeError:
+            raise BadInput("the form cannot be read: it is not UTF-8") from None
     try:
         fields: dict[str, str] = {}
         several: dict[str, list[str]] = {}

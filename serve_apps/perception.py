@@ -147,7 +147,8 @@ class Perceiver:
 
     async def _keep_features(self, image: ImageSource, seen: Seen) -> None:
         if isinstance(image, Upload):
-            self._cache.put(await content_hash(image.data), seen.features)
+            # a view would keep all images of the request in memory
+            self._cache.put(await content_hash(image.data), seen.features.copy())
         await _keep(image, seen)
 
     async def _upload(self, image: ImageSource) -> Upload:

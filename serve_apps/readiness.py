@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
+from ray.serve.exceptions import BackPressureError
 
 from mmllm_core.conversation import Message, TextPart
 from mmllm_core.engine.protocol import SamplingParams
+from serve_apps.asking import ask
 from serve_apps.config import DeploymentConfig, ServeConfig
 from serve_apps.prompt import Prompt
 from serve_apps.upload import Upload
@@ -65,6 +67,8 @@ class Readiness:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await answer()
+        except BackPressureError:
+            return "ready"  # it turns requests away since it has many, not since it cannot answer
         except Exception:
             return "not ready"
         return "ready"
@@ -72,7 +76,7 @@ class Readiness:
     async def _see(self) -> None:
         stream = io.BytesIO()
         Image.new("RGB", (32, 32), "gray").save(stream, "png")
-        await self._clip.encode.remote((Upload(stream.getvalue(), "readyz"),))
+        await ask(lambda: self._clip.encode.remote((Upload(stream.getvalue(), "readyz"),)))
 
     async def _hear(self) -> None:
         stream = io.BytesIO()
@@ -81,7 +85,7 @@ class Readiness:
             file.setsampwidth(2)
             file.setframerate(16_000)
             file.writeframes(bytes(2 * 3200))
-        await self._whisper.transcribe.remote(Upload(stream.getvalue(), "readyz"))
+        await ask(lambda: self._whisper.transcribe.remote(Upload(stream.getvalue(), "readyz")))
 
     async def _speak(self) -> None:
         prompt = Prompt("readyz", (Message("user", (TextPart("Hi"),)),), None, SamplingParams(max_tokens=1), TIMEOUT_S)

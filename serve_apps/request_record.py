@@ -50,6 +50,12 @@ class RequestRecord:
     """Below the request's span."""
     _last: dict[int, tuple[float, int]] = field(default_factory=dict)  # by answer: when, and tokens until then
 
+    def begin_answer(self) -> None:
+        """Forget what came of an answer that is asked for again."""
+        self.first_token, self.prompt_tokens, self.cached_tokens, self.completion_tokens = None, 0, 0, 0
+        self.token_gaps.clear()
+        self._last.clear()
+
     def note(self, chunk: EngineChunk) -> None:
         """Count a chunk of an answer as it comes."""
         now = time.perf_counter()

@@ -161,13 +161,28 @@ async def test_without_keys_only_this_machine_is_answered() -> None:
         assert (await ask.get("/v1/who")).json() == {"owner": "", "may": ["a", "b"]}
         for host in ("localhost:8000", "[::1]:8000", "127.0.0.2"):
             assert (await ask.get("/v1/who", headers={"host": host})).is_success
-        for host in ("evil.example", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "", "localhost.evil", "0"):
+        for host in (
+            "evil.example",
+            "127.0.0.1.evil.example",
+            "127.0.0.1@evil.example",
+            "",
+            "localhost.evil",
+            "0",
+            "[",
+        ):
             refused(await ask.get("/v1/who", headers={"host": host}), 403, "forbidden_host")
 
 
 async def test_pages_of_other_origins_are_turned_away_unless_they_are_named() -> None:
     async with client() as ask:
-        for origin in ("https://evil.example", "null", "http://127.0.0.1:9000", "http://localhost:8000", "\xff"):
+        for origin in (
+            "https://evil.example",
+            "null",
+            "http://127.0.0.1:9000",
+            "http://localhost:8000",
+            "http://[x",
+            "\xff",
+        ):
             headers = {"origin": origin.encode("latin-1")}
             refused(await ask.post("/v1/echo", headers=headers), 403, "forbidden_origin")  # type: ignore[arg-type]
         assert (await ask.post("/v1/echo", headers={"origin": LOCAL})).is_success

@@ -128,7 +128,7 @@ def test_features_count_against_the_bytes_that_are_kept(tmp_path: Path) -> None:
     assert files.of("").list() == []
     files.of("").add(image())
     with pytest.raises(StorageFull) as caught:
-        files.require_room(3_900)
+        files.make_room(3_900)
     assert (caught.value.param, caught.value.code) == ("file", "storage_full")
 
 
@@ -169,6 +169,16 @@ def test_who_uploads_sweeps_what_expired_and_what_a_crash_left(tmp_path: Path) -
     files.of("").add(image())
     assert (half.exists(), fresh.exists(), damaged.exists()) == (False, True, False)
     assert files.of("gone").list() == []
+
+
+def test_a_full_store_has_room_again_when_its_files_are_over(tmp_path: Path) -> None:
+    files = store(tmp_path, max_files=1)
+    files.of("").add(image(seconds=0.05))
+    time.sleep(0.1)
+    files.make_room(1)
+    files.of("").add(image())
+    with pytest.raises(StorageFull):
+        files.make_room(1)
 
 
 def test_what_another_encoder_made_is_not_used_and_makes_room_for_what_this_one_makes(tmp_path: Path) -> None:

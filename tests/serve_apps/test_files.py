@@ -251,6 +251,22 @@ BAD_UPLOADS: dict[str, tuple[dict[str, Any], int, str | None]] = {
         400,
         None,
     ),
+    "another charset": (
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="\xc3\xa9"\r\n\r\nv\r\n--x--\r\n',
+            "headers": {"content-type": "multipart/form-data; boundary=x; charset=undefined"},
+        },
+        400,
+        "é",
+    ),
+    "bytes that are no text": (
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="\xff\xfe"\r\n\r\nv\r\n--x--\r\n',
+            "headers": MULTIPART,
+        },
+        400,
+        None,
+    ),
     "forty fields": ({"files": [(f"f{i}", (None, "v")) for i in range(40)]}, 400, None),
 }
 
