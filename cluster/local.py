@@ -5,14 +5,15 @@ Every deployment asks for its modality's resource, so the local node offers some
 
 import logging
 import os
-import secrets
 import signal
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.ray_record import find_running, recording, showing_token, token_is_named
 from mmllm_core.errors import EnvironmentLack
 
 MODALITIES = ("vision", "audio", "text")
@@ -43,65 +44,98 @@ def quieten() -> None:
 def local_ray(*, verbose: bool = False) -> Iterator[None]:
     """Run the block on a Ray that belongs to this process, or on the cluster that `RAY_ADDRESS` names.
 
-    Ctrl-C and SIGTERM end the block; either way, what was started is ended.
+    Ctrl-C and SIGTERM end the block; either way, what was started is ended. A Ray of our own asks for a token that
+    `running_ray` finds.
+
+    Raises:
+        EnvironmentLack: the cluster cannot be joined, or the home folder cannot be written.
     """
     import ray
 
     from serve_apps.proxy import PROXY_ENVIRONMENT
     from train_jobs.accelerators import usable_cores
 
-    address = os.environ.get("RAY_ADDRESS")
-    common = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
-    if address:
-        ray.init(address=address, **common)
-    else:
-        os.environ.update(PROXY_ENVIRONMENT)
-        if not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+    with ExitStack() as stack:
+        if address := os.environ.get("RAY_ADDRESS"):
+            _join(address, verbose=verbose)
+        else:
+            os.environ.update(PROXY_ENVIRONMENT)
             # Ray asks for a token by default, and would share one of this user's in a file that others may read.
-            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        # Two CPUs at least: two workers then share the one core of a small machine, slowly.
-        ray.init(
-            num_cpus=max(2, usable_cores()),
-            resources=dict.fromkeys(MODALITIES, 8.0),
-            include_dashboard=False,
-            **common,
-        )
-    # After Ray, which sets handlers of its own; and a shell may have started us with SIGINT ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
-    for name in ("ray.train", "ray.serve", "ray.data", "ray"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.ERROR)
-    try:
-        yield
-    finally:
-        # A second Ctrl-C must not leave processes behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ray.shutdown()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+            publish = None if token_is_named() else stack.enter_context(recording())
+            # Two CPUs at least: two workers then share the one core of a small machine, slowly.
+            ray.init(
+                num_cpus=max(2, usable_cores()),
+                resources=dict.fromkeys(MODALITIES, 8.0),
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=_level(verbose),
+            )
+            if publish is not None:
+                publish(ray.get_runtime_context().gcs_address)
+        # After Ray, which sets handlers of its own; and a shell may have started us with SIGINT ignored.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        for name in ("ray.train", "ray.serve", "ray.data", "ray"):
+            logging.getLogger(name).setLevel(_level(verbose))
+        try:
+            yield
+        finally:
+            # A second Ctrl-C must not leave processes behind.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            ray.shutdown()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def running_ray(*, verbose: bool = False) -> Iterator[None]:
-    """Run the block on a Ray that runs already: the one that `RAY_ADDRESS` names, or the last one on this machine.
+    """Run the block on a Ray that runs already: the one that `RAY_ADDRESS` names, or the one on this machine.
 
     Raises:
-        EnvironmentLack: there is none.
+        EnvironmentLack: there is none, there are several, or it asks for a token that is not known.
     """
     import ray
 
-    level = logging.INFO if verbose else logging.ERROR
+    named = os.environ.get("RAY_ADDRESS")
+    found = find_running(None if named in (None, "", "auto") else named)
+    with ExitStack() as stack:
+        if found and not token_is_named():
+            stack.enter_context(showing_token(found.token_file))
+        _join(found.address if found else named or "auto", verbose=verbose)
+        for name in ("ray.serve", "ray"):
+            logging.getLogger(name).setLevel(_level(verbose))
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _join(address: str, *, verbose: bool) -> None:
+    """Raise EnvironmentLack if that cannot be done."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=verbose, logging_level=level)
-    except ConnectionError as error:
-        raise EnvironmentLack(
-            "no Ray runs here: start the assistant with 'mmllm serve', or name a RAY_ADDRESS"
-        ) from error
-    for name in ("ray.serve", "ray"):
-        logging.getLogger(name).setLevel(level)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        if address != "auto" and "://" not in address:
+            # Ray would try for minutes where nothing listens.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose))
+    except (OSError, ValueError, AuthenticationError) as error:
+        if address == "auto":
+            message = (
+                "no Ray runs here that can be joined: start the assistant with 'mmllm serve', or name a RAY_ADDRESS "
+                "and its RAY_AUTH_TOKEN_PATH"
+            )
+        else:
+            message = (
+                f"Ray at '{address}' cannot be joined: nothing answers there, or it asks for another token: use the "
+                "MMLLM_HOME of the command that started it, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
+            )
+        raise EnvironmentLack(message) from error
+
+
+def _level(verbose: bool) -> int:
+    return logging.INFO if verbose else logging.ERROR
 
 
 def _interrupt(*_: object) -> NoReturn:

@@ -16,12 +16,15 @@ PORT_MEND = "stop what listens there or give another with --port (make: PORT=800
 
 def port_problem(host: str, port: int) -> str | None:
     """Why a port cannot be listened on, in the system's words, or None."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return str(error.strerror)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # A name with addresses of both families is listened on by IPv4.
+        family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return str(error.strerror)
     return None
 
 
@@ -74,6 +77,8 @@ def require_devices(config: ServeConfig) -> None:
 def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
     """Deploy on the Ray that is running and yield the base URL; the deployment ends with the block.
 
+    A Serve that ran there before goes on, with its other applications.
+
     Raises:
         MmllmError: a deployment did not start; the message names it and says why.
         ConfigError: the file of keys cannot be used.
@@ -87,6 +92,8 @@ def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
     if config.access.keys_file:
         read_keys(config.access.keys_file)
     application = build(config, bundle.folder)
+    before = serve.status()
+    serve_is_ours = not (before.proxies or before.applications)
     serve.start(
         http_options=HTTPOptions(host=config.http.host, port=config.http.port),
         logging_config=logging_config(config.observability),
@@ -98,7 +105,10 @@ def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
             raise MmllmError(_why_not_running(APP_NAME) or f"the assistant did not start: {error}") from error
         yield config.http.base_url
     finally:
-        serve.shutdown()
+        if serve_is_ours:
+            serve.shutdown()
+        else:
+            serve.delete(APP_NAME)
 
 
 def reload_bundle(bundle: Bundle, model: str | None = None) -> str:

@@ -5,6 +5,7 @@ clip/       CLIP models that were trained here, by recipe
 features/   the feature store, unless `$MMLLM_FEATURES` names another folder or a URL
 bundles/    trained and imported assistants; `latest` names the last one
 files/      files that were uploaded to the service, unless its config names another folder
+rays/       the Rays that commands started and that run, each with its token
 features-cache/     copies of shards of feature stores that lie elsewhere
 image-keys.sqlite   the pixel hashes of image files that were read before
 """

@@ -69,13 +69,25 @@ def test_the_phi_profile_says_that_it_needs_a_gpu(tmp_path: Path) -> None:
     assert "GPU" in done.stderr
 
 
-def test_a_taken_port_is_refused_before_any_work() -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_taken_port_is_refused_before_any_work_and_a_free_one_is_not(host: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as taken:
+        try:
+            taken.bind((host, 0))
+        except OSError:
+            pytest.skip(f"this machine has no {host}")
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(EnvironmentLack, match=str(port)):
+            require_free_port(host, port)
+    require_free_port(host, port)
+
+
+def test_the_doctor_sees_a_taken_port() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(EnvironmentLack, match=str(port)):
-            require_free_port("127.0.0.1", port)
         assert next(check for check in examine(port) if check.name.startswith("port")).state == "stop"
 
 
