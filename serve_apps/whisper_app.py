@@ -36,7 +36,7 @@ class WhisperDeployment:
     """Runs the Whisper model of a bundle.
 
     Raises:
-        BundleError, WeightsError: the bundle cannot be opened, which ends the replica's start.
+        BundleError, ConfigError, WeightsError: the bundle cannot be opened or used, which ends the replica's start.
     """
 
     def __init__(self, bundle: Path, config: WhisperConfig, observability: ObservabilityConfig = ObservabilityConfig()):

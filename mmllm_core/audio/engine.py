@@ -18,6 +18,8 @@ MAX_TOKENS = 224
 """Of a window, as in Whisper's own code: half of the decoder's context."""
 TOKENS_PER_SECOND = 12
 """More than anybody says: a decoder that writes more repeats itself."""
+REPEATS_ABOVE = 2.4
+"""A compression ratio, as in Whisper's own code."""
 SAMPLES_AT_TEMPERATURE = 5
 """Of which the likeliest is taken, as in Whisper's own code."""
 PREPENDED = "\"'\u201c\u00bf([{-"
@@ -32,7 +34,7 @@ class Decoded:
     Args:
         text: with the space that it begins with.
         words: in seconds from the window's start, if they were asked for.
-        is_whole: False where the decoder was stopped.
+        is_whole: False where the decoder was stopped: there may be more in the window.
     """
 
     text: str
@@ -49,12 +51,17 @@ class Decoded:
         data = self.text.encode()
         return len(data) / len(zlib.compress(data)) if data else 1.0
 
+    @property
+    def loops(self) -> bool:
+        """Whether it was stopped as it repeated itself, by characters: bytes of some scripts always compress well."""
+        return not self.is_whole and len(self.text) > REPEATS_ABOVE * len(zlib.compress(self.text.encode()))
+
 
 class WhisperEngine(Protocol):
     """Runs one Whisper model. Not for several threads."""
 
-    is_multilingual: bool
-    """Whether it knows more than English."""
+    languages: frozenset[str]
+    """Codes of what these weights hear."""
 
     def detect_language(self, samples: NDArray[np.float32]) -> str:
         """The code of the likeliest language of a window, float32 (n_samples,)."""

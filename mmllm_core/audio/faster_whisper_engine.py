@@ -19,6 +19,7 @@ from mmllm_core.audio.engine import (
     Decoded,
     token_limit,
 )
+from mmllm_core.audio.languages import ENGLISH, known_codes
 from mmllm_core.audio.transcript import SpeechTask, Word
 from mmllm_core.audio.windows import WINDOW_SECONDS
 from mmllm_core.config import AudioConfig
@@ -57,7 +58,8 @@ class FasterWhisperEngine:
                 f"{weights}: not a Whisper model in CTranslate2 layout that computes in {config.compute_type} on "
                 f"{device}: {first_line(error)}"
             ) from error
-        self.is_multilingual = bool(self._model.model.is_multilingual)
+        self._is_multilingual = bool(self._model.model.is_multilingual)
+        self.languages = languages_of(self._model.hf_tokenizer) if self._is_multilingual else ENGLISH
 
     def detect_language(self, samples: NDArray[np.float32]) -> str:
         """As `WhisperEngine.detect_language`."""
@@ -71,12 +73,12 @@ class FasterWhisperEngine:
         tokenizer = self._tokenizer(task, language)
         prompt = self._prompt(tokenizer, task)
         seconds = max(window.size for window in windows) / SAMPLE_RATE
-        limit = token_limit(WINDOW_SECONDS if in_full else seconds)
+        max_length, limit = self._lengths(len(prompt), token_limit(WINDOW_SECONDS if in_full else seconds))
         encoded = self._encode(windows, in_full)
         results = self._model.model.generate(
             encoded,
             [prompt] * len(windows),
-            max_length=min(self._model.max_length, len(prompt) + limit),
+            max_length=max_length,
             suppress_tokens=self._suppressed(tokenizer),
             return_scores=True,
             return_no_speech_prob=True,
@@ -96,6 +98,14 @@ class FasterWhisperEngine:
             )
             for result, ids, timed in zip(results, tokens, words, strict=True)
         ]
+
+    def _lengths(self, n_prompt: int, limit: int) -> tuple[int, int]:
+        """CTranslate2's `max_length` that lets so many tokens be written, and how many it lets be written.
+
+        It writes half of `max_length` at most, and what the prompt, all but its last token, leaves of it.
+        """
+        max_length = min(self._model.max_length, max(2 * limit, n_prompt - 1 + limit))
+        return max_length, min(max_length // 2, max_length - n_prompt + 1)
 
     def _search(self, temperature: float) -> dict[str, Any]:
         if temperature == 0:
@@ -121,7 +131,7 @@ class FasterWhisperEngine:
         from faster_whisper.tokenizer import Tokenizer
 
         kind = "translate" if task.translate else "transcribe"
-        return Tokenizer(self._model.hf_tokenizer, self.is_multilingual, task=kind, language=language)
+        return Tokenizer(self._model.hf_tokenizer, self._is_multilingual, task=kind, language=language)
 
     def _prompt(self, tokenizer: Any, task: SpeechTask) -> list[int]:
         before = tokenizer.encode(f" {task.prompt.strip()}") if task.prompt.strip() else []
@@ -155,3 +165,8 @@ class FasterWhisperEngine:
 
     def _align(self, tokenizer: Any, tokens: list[list[int]], encoded: Any, frames: list[int]) -> list[Any]:
         return list(self._model.find_alignment(tokenizer, tokens, encoded, frames)) if any(tokens) else [[]]
+
+
+def languages_of(tokenizer: Any) -> frozenset[str]:
+    """Codes of the languages that a multilingual model's tokenizer has tokens for."""
+    return frozenset(code for code in known_codes() if tokenizer.token_to_id(f"<|{code}|>") is not None)

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from mmllm_core.audio.decode import SAMPLE_RATE
 from mmllm_core.audio.engine import (
     APPENDED,
-    MAX_TOKENS,
     PREPENDED,
     SAMPLES_AT_TEMPERATURE,
     Decoded,
+    token_limit,
 )
+from mmllm_core.audio.languages import ENGLISH, known_codes
 from mmllm_core.audio.transcript import SpeechTask, Word
 from mmllm_core.audio.windows import WINDOW_SECONDS
 from mmllm_core.config import AudioConfig
@@ -55,7 +56,8 @@ class OpenAiWhisperEngine:
         self._model = load_openai_whisper(weights, device)
         if self._half:
             self._model = self._model.half()
-        self.is_multilingual = bool(self._model.is_multilingual)
+        multilingual = self._model.is_multilingual
+        self.languages = frozenset(known_codes()[: self._model.num_languages]) if multilingual else ENGLISH
 
     def detect_language(self, samples: NDArray[np.float32]) -> str:
         """As `WhisperEngine.detect_language`."""
@@ -66,7 +68,7 @@ class OpenAiWhisperEngine:
         self, windows: Sequence[NDArray[np.float32]], task: SpeechTask, language: str, temperature: float, in_full: bool
     ) -> list[Decoded]:
         """As `WhisperEngine.decode`."""
-        from whisper import DecodingOptions
+        from whisper.decoding import DecodingOptions, DecodingTask
 
         greedy = temperature == 0
         options = DecodingOptions(
@@ -75,13 +77,15 @@ class OpenAiWhisperEngine:
             temperature=temperature,
             best_of=None if greedy else SAMPLES_AT_TEMPERATURE,
             beam_size=self._beams if greedy and self._beams > 1 else None,
-            sample_len=MAX_TOKENS,
+            sample_len=token_limit(WINDOW_SECONDS),
             prompt=task.prompt.strip() or None,
             without_timestamps=True,
             fp16=self._half,
         )
         mel = self._mel(windows)
-        results = self._model.decode(mel, options)
+        decoding = DecodingTask(self._model, options)
+        limit = min(decoding.sample_len, decoding.n_ctx - decoding.sample_begin + 1)  # a long prompt leaves less
+        results = decoding.run(mel)
         words = self._words(results, mel, windows, task, language) if task.timed else [()] * len(windows)
         # Whisper strips what it decodes; the space at a text's beginning is in its tokens.
         tokenizer = self._tokenizer(task, language)
@@ -92,7 +96,7 @@ class OpenAiWhisperEngine:
                 avg_logprob=result.avg_logprob,
                 no_speech_prob=result.no_speech_prob,
                 temperature=temperature,
-                is_whole=len(result.tokens) < MAX_TOKENS,
+                is_whole=len(result.tokens) < limit,
                 words=timed,
             )
             for result, timed in zip(results, words, strict=True)

@@ -13,19 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmllm_core.audio.decode import SAMPLE_RATE
-from mmllm_core.audio.engine import Decoded, WhisperEngine
-from mmllm_core.audio.languages import UNSPACED, language_code
+from mmllm_core.audio.engine import REPEATS_ABOVE, Decoded, WhisperEngine
+from mmllm_core.audio.languages import ENGLISH, UNSPACED, language_code
 from mmllm_core.audio.sentences import segment_of, sentences
 from mmllm_core.audio.transcript import Segment, SpeechTask, Transcript, joined
 from mmllm_core.audio.windows import Window, speech_windows
 from mmllm_core.config import AudioConfig
-from mmllm_core.errors import BadInput
+from mmllm_core.errors import BadInput, ConfigError
 
 _TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """Tried one after another where greedy decoding fails. This and the thresholds are those of Whisper's own code."""
-_REPEATS_ABOVE = 2.4
 _UNSURE_BELOW = -1.0
 _SILENCE_ABOVE = 0.6
+_CUT_ABOVE = 2 * SAMPLE_RATE
+"""Samples of a window that is cut in two where more is said in it than the decoder may write."""
 
 
 class Transcriber:
@@ -38,6 +39,7 @@ class Transcriber:
         threads: CPU threads; 0 leaves the choice to the engine.
 
     Raises:
+        ConfigError: the config's language is unknown, or not one of these weights.
         WeightsError: the folder cannot be loaded.
         EnvironmentLack: the engine is not installed.
     """
@@ -45,6 +47,12 @@ class Transcriber:
     def __init__(self, config: AudioConfig, weights: Path, device: str = "cpu", threads: int = 0):
         self._config = config
         self._engine = _build_engine(config, weights, device, threads)
+        self._language = None
+        if config.language is not None:
+            try:
+                self._language = language_code(config.language, known=self._engine.languages)
+            except BadInput as error:
+                raise ConfigError(f"audio.language {config.language!r}: {error}") from error
 
     def transcribe(self, waveform: NDArray[np.float32], task: SpeechTask | None = None) -> Transcript:
         """Transcribe one clip to its end.
@@ -71,14 +79,12 @@ class Transcriber:
             BadInput: the language is unknown or not one of these weights, or they cannot translate.
         """
         task = task or SpeechTask()
-        multilingual = self._engine.is_multilingual
-        if task.translate and not multilingual:
+        known = self._engine.languages
+        if task.translate and known == ENGLISH:
             raise BadInput("the Whisper model that is served hears English only: ask for a transcription", "model")
-        language = None if multilingual else "en"
+        language = self._language or ("en" if known == ENGLISH else None)
         if task.language is not None:
-            language = language_code(task.language, multilingual=multilingual)
-        elif multilingual and self._config.language:
-            language = self._config.language
+            language = language_code(task.language, known=known)
         return Transcription(self._engine, self._config, waveform, task, language)
 
 
@@ -117,10 +123,20 @@ class Transcription:
             return None
         return [
             segment
-            for window, decoded in zip(windows, self._decode(windows, self.language), strict=True)
-            if decoded is not None
+            for window, decoded in self._heard(windows, self.language)
             for segment in self._segments(window, decoded)
         ]
+
+    def _heard(self, windows: Sequence[Window], language: str) -> Iterator[tuple[Window, Decoded]]:
+        """What was said, to its end: windows in which more is said than may be written at a time are cut in two."""
+        for window, decoded in zip(windows, self._decode(windows, language), strict=True):
+            if decoded is None:
+                continue
+            if _is_cut_short(window, decoded):
+                for half in window.halves():
+                    yield from self._heard([half], language)
+            else:
+                yield window, decoded
 
     def _decode(self, windows: Sequence[Window], language: str) -> list[Decoded | None]:
         """What was said in each window; None where nobody spoke. What fails is tried again."""
@@ -131,7 +147,7 @@ class Transcription:
             tried = self._engine.decode(samples, self._task, language, temperature, in_full)
             failed = []
             for i, decoded in zip(left, tried, strict=True):
-                if not _has_failed(decoded, in_full):
+                if not _has_failed(decoded, in_full) or (in_full and _is_cut_short(windows[i], decoded)):
                     best[i] = decoded
                     continue
                 failed.append(i)
@@ -181,7 +197,12 @@ def _has_failed(decoded: Decoded, in_full: bool) -> bool:
     if _is_silence(decoded):
         return False
     strayed = not in_full and (not decoded.is_whole or _says_twice(decoded.tokens))
-    return strayed or decoded.compression_ratio > _REPEATS_ABOVE or decoded.avg_logprob < _UNSURE_BELOW
+    return strayed or decoded.compression_ratio > REPEATS_ABOVE or decoded.avg_logprob < _UNSURE_BELOW
+
+
+def _is_cut_short(window: Window, decoded: Decoded) -> bool:
+    """Whether there is more in a window than the decoder may write at a time; trying again does not help."""
+    return not decoded.is_whole and not decoded.loops and window.samples.size > _CUT_ABOVE
 
 
 def _says_twice(tokens: Sequence[int], n: int = 3) -> bool:
@@ -192,7 +213,7 @@ def _says_twice(tokens: Sequence[int], n: int = 3) -> bool:
 
 def _likeness(decoded: Decoded) -> tuple[bool, bool, float]:
     """What is best of tries that failed: what does not repeat itself, then what is likeliest."""
-    return decoded.compression_ratio <= _REPEATS_ABOVE, decoded.is_whole, decoded.avg_logprob
+    return decoded.compression_ratio <= REPEATS_ABOVE, decoded.is_whole, decoded.avg_logprob
 
 
 def _is_silence(decoded: Decoded) -> bool:

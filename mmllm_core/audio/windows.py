@@ -68,6 +68,22 @@ class Window:
         begin = min(max(start + shift, low), high)
         return begin, min(max(end + shift, begin), high)
 
+    def halves(self) -> tuple["Window", "Window"]:
+        """Cut in two in the quietest moment of the middle third. For windows of a second or more."""
+        third = self.samples.size // 3
+        cut = third + _quietest(self.samples[third : 2 * third])
+        left: list[Span] = []
+        right: list[Span] = []
+        before = 0
+        for first, after in self.spans:
+            border = min(max(first + cut - before, first), after)
+            if first < border:
+                left.append((first, border))
+            if border < after:
+                right.append((border, after))
+            before += after - first
+        return Window(self.samples[:cut], tuple(left)), Window(self.samples[cut:], tuple(right))
+
 
 def speech_windows(waveform: Waveform) -> Iterator[Window]:
     """Find speech and put it into windows, as few as there can be in order.
@@ -96,7 +112,10 @@ def _short_spans(waveform: Waveform) -> Iterator[Span]:
 
 
 def _speech(waveform: Waveform) -> Iterator[Span]:
-    """Speech, block by block; what a block's end may cut is looked at again with the next."""
+    """Speech, block by block; what a block's end may cut is looked at again with the next.
+
+    So is its last second where nobody seems to speak: somebody who begins there is not noticed yet.
+    """
     from faster_whisper.vad import VadOptions, get_speech_timestamps
 
     options = VadOptions(min_silence_duration_ms=_PAUSE_MS, speech_pad_ms=_MARGIN_MS, min_speech_duration_ms=_LEAST_MS)
@@ -114,6 +133,8 @@ def _speech(waveform: Waveform) -> Iterator[Span]:
                 from_ = max(start, at + _BLOCK // 2)
                 following = from_ + _quietest(waveform[from_:following])
                 found.append((start, following))
+        elif not is_last:
+            following -= SAMPLE_RATE
         yield from found
         at = following
 

@@ -94,7 +94,7 @@ class AudioConfig(StrictModel):
     """openai-whisper runs the same weights, converted once: pip install 'mmllm[openai-whisper]'."""
     compute_type: SpeechDtype = "int8"
     language: str | None = None
-    """Code of the language that is spoken where a request does not say; None has it detected."""
+    """Code or name of the language that is spoken where a request does not say; None has it detected."""
     beam_size: int = Field(default=1, ge=1)
     batch_size: int = Field(default=1, ge=1)
     """Windows of at most 30 seconds that are decoded together. More are told later and cannot be stopped between."""

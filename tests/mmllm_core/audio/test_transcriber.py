@@ -12,11 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from mmllm_core.audio import SAMPLE_RATE, SpeechTask, Transcriber, decode_audio
+from mmllm_core.audio import engine as engines
 from mmllm_core.audio.engine import Decoded
-from mmllm_core.audio.languages import language_code, language_name
+from mmllm_core.audio.languages import ENGLISH
 from mmllm_core.audio.sentences import sentences
 from mmllm_core.audio.transcript import Word
-from mmllm_core.audio.windows import Window, speech_windows
+from mmllm_core.audio.windows import Window
 from mmllm_core.errors import BadInput, WeightsError
 from mmllm_core.evaluation.wer import word_error_rate
 from mmllm_core.models.profile import load_profile
@@ -133,6 +134,43 @@ def test_a_prompt_gives_the_spelling(transcriber: Transcriber, speech: Waveform)
     assert transcriber.transcribe(speech, SpeechTask(prompt="x " * 5000)).language == "en"
 
 
+@pytest.mark.parametrize("engine", ["transcriber", "exact", "reference"])
+def test_nothing_is_lost_where_more_is_said_than_may_be_written(
+    engine: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject: Transcriber = request.getfixturevalue(engine)
+    clip = np.concatenate(recordings()[:5])
+    whole = subject.transcribe(clip)
+    assert any(len(segment.tokens) > 24 for segment in whole.segments)
+    monkeypatch.setattr(engines, "MAX_TOKENS", 12)
+    cut = subject.transcribe(clip, SpeechTask(timed=True))
+    found = word_error_rate([whole.text], [cut.text])
+    assert found.rate < 0.15
+    assert abs(found.deletions - found.insertions) <= 3  # words heard otherwise, none lost or doubled
+    words = [word for segment in cut.segments for word in segment.words]
+    assert all(a.end <= b.start for a, b in pairwise(words))
+    assert words[-1].end == pytest.approx(clip.size / SAMPLE_RATE, abs=1)
+
+
+@pytest.mark.parametrize("engine", ["transcriber", "reference"])
+@pytest.mark.parametrize("prompt", ["", "x " * 5000], ids=["no prompt", "a long prompt"])
+def test_what_is_stopped_says_so(
+    engine: str, prompt: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = request.getfixturevalue(engine)._engine
+    task = SpeechTask(prompt=prompt)
+    monkeypatch.setattr(engines, "MAX_TOKENS", 12)
+    [stopped] = subject.decode([recordings()[0]], task, "en", 0.0, True)
+    assert (len(stopped.tokens), stopped.is_whole) == (12, False)
+
+
+def test_what_a_long_prompt_stops_says_so(transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = transcriber._engine
+    monkeypatch.setattr(engine._model, "max_length", 24)
+    [stopped] = engine.decode([recordings()[0]], SpeechTask(prompt="x " * 5000), "en", 0.0, True)
+    assert (len(stopped.tokens), stopped.is_whole) == (11, False)
+
+
 def test_a_transcription_can_be_left_at_any_window(transcriber: Transcriber) -> None:
     begun = transcriber.begin(joined_recordings())
     assert begun.next_segments()
@@ -144,12 +182,6 @@ def test_a_language_that_is_not_known_is_refused(transcriber: Transcriber, task:
     with pytest.raises(BadInput) as caught:
         transcriber.begin(np.zeros(SAMPLE_RATE, dtype=np.float32), task)
     assert caught.value.param == param
-
-
-def test_languages_have_codes_and_names() -> None:
-    assert language_code(" English ", multilingual=False) == "en"
-    assert language_code("yue", multilingual=True) == "yue"
-    assert language_name("de") == "german"
 
 
 def test_a_folder_without_whisper_is_one_named_error(tmp_path: Path) -> None:
@@ -165,7 +197,7 @@ def test_openai_whisper_does_not_compute_in_int8() -> None:
 class Failing:
     """An engine whose tries fail as they are told to."""
 
-    is_multilingual = False
+    languages = ENGLISH
 
     def __init__(self, *tries: Decoded):
         self._tries = list(tries)
@@ -213,29 +245,6 @@ def test_what_fails_is_tried_again(
     monkeypatch.setattr(transcriber, "_engine", engine)
     assert transcriber.transcribe(speech).text == heard
     assert engine.asked == asked
-
-
-def test_windows_are_cut_in_pauses_and_hold_all_of_the_speech() -> None:
-    clip = joined_recordings((0.05,))  # no pause is long enough to end a stretch of speech
-    windows = list(speech_windows(clip))
-    spans = [span for window in windows for span in window.spans]
-    assert all(window.samples.size <= 30 * SAMPLE_RATE for window in windows)
-    assert all(a[1] <= b[0] for a, b in pairwise(spans))
-    left_out = np.ones(clip.size, dtype=bool)
-    for start, end in spans:
-        left_out[start:end] = False
-    assert np.sum(clip[left_out] ** 2) < 1e-3 * np.sum(clip**2)
-    for before, after in pairwise(spans):
-        if before[1] == after[0]:  # cut where nobody pauses
-            assert np.abs(clip[before[1] - 160 : before[1] + 160]).max() < 0.1 * np.abs(clip).max()
-
-
-def test_times_in_a_window_become_those_of_the_clip() -> None:
-    window = Window(np.zeros(3 * SAMPLE_RATE, dtype=np.float32), ((SAMPLE_RATE, 2 * SAMPLE_RATE), (160_000, 192_000)))
-    assert window.in_clip(0.25, 0.5) == (1.25, 1.5)
-    assert window.in_clip(1.5, 2.0) == (10.5, 11.0)
-    assert window.in_clip(0.9, 1.5) == (10.0, 10.5)  # nobody speaks over a pause
-    assert window.in_clip(2.9, 9.0) == (11.9, 12.0)
 
 
 def test_sentences_end_where_they_end_pause_or_get_long() -> None:
