@@ -147,7 +147,7 @@ def main() -> None:
     """Run, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--requests", type=int, default=48)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     found = measure(arguments.bundle.absolute(), arguments.requests)
