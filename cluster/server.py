@@ -144,7 +144,7 @@ def reload_bundle(bundle: Bundle, model: str | None = None) -> str:
     model = model or first
     if model not in served:
         raise MmllmError(f"model '{model}' is not served: choose one of {', '.join(served)}")
-    require_base(replicas.base.remote().result(), bundle)
+    require_base(replicas.base.remote().result(), first, bundle)
     require_reloadable(config.phi)
     wanted = served | {model: ServedBundle.of(bundle)}
     adapters = {name: served_bundle.folder for name, served_bundle in wanted.items() if name != first}

@@ -28,7 +28,7 @@ from serve_apps.http_body import error_response
 from serve_apps.openai_replies import Failure
 from serve_apps.passage import GuardedBody, Passage
 from serve_apps.rate_limit import RateLimiter
-from serve_apps.request_record import RequestRecord
+from serve_apps.request_record import record_in
 
 if TYPE_CHECKING:
     from serve_apps.config import ServeConfig
@@ -117,7 +117,7 @@ class Door:
             if path not in OPEN_PATHS:
                 self._admit(scope, is_api, passage)
         except Refusal as refusal:
-            _record(scope).error = refusal.failure.code
+            record_in(scope).error = refusal.failure.code
             await error_response(refusal.failure, refusal.headers)(scope, receive, passage.send)
             return
         if passage.is_head:
@@ -129,7 +129,7 @@ class Door:
                 await self._app(scope, body.receive, passage.send)
         finally:
             if caller := scope.get("mmllm.caller"):
-                record = _record(scope)
+                record = record_in(scope)
                 caller.spend(record.prompt_tokens + record.completion_tokens)
 
     def _require_small_headers(self, scope: Scope) -> None:
@@ -180,11 +180,6 @@ class Refusal(Exception):
         super().__init__(failure.message)
         self.failure = failure
         self.headers = headers or {}
-
-
-def _record(scope: Scope) -> RequestRecord:
-    record: RequestRecord = scope.setdefault("mmllm.record", RequestRecord())
-    return record
 
 
 def _served_on() -> str | None:

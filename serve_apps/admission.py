@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.http_body import error_response
 from serve_apps.openai_replies import OVERLOADED, Overloaded
-from serve_apps.request_record import RequestRecord
+from serve_apps.request_record import record_in
 
 if TYPE_CHECKING:
     from serve_apps.config import ServeConfig
@@ -51,8 +51,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         if self._inside >= most:
-            record: RequestRecord = scope.setdefault("mmllm.record", RequestRecord())
-            record.error = OVERLOADED.code
+            record_in(scope).error = OVERLOADED.code
             await error_response(OVERLOADED)(scope, receive, send)
             return
         is_in = False

@@ -3,6 +3,7 @@
 Does not know what is asked.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -43,6 +44,29 @@ async def begun(start: Callable[[], AsyncGenerator[T, None]]) -> tuple[T, AsyncG
         StopAsyncIteration: there is none.
     """
     return await again(lambda: _first(start()))
+
+
+async def items(response: Any, deadline: float) -> AsyncGenerator[Any, None]:
+    """What a deployment streams; closing the generator cancels the call.
+
+    Args:
+        response: of a handle with `stream=True`.
+        deadline: by the event loop's clock.
+
+    Raises:
+        TimeoutError: an item did not come before it.
+        Exception: what the deployment raised.
+    """
+    try:
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    item = await anext(response)
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        response.cancel()
 
 
 async def preceded(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:

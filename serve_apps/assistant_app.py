@@ -14,18 +14,18 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 
 from mmllm_core.engine.protocol import EngineChunk
 from mmllm_core.errors import EngineError
 from serve_apps.access import Caller, caller_of, guard
 from serve_apps.admission import Admission
-from serve_apps.asking import again, ask, begun, preceded
+from serve_apps.asking import again, ask, begun, items, preceded
 from serve_apps.audio_api import SpeechApi, add_audio_routes
 from serve_apps.config import ServeConfig
 from serve_apps.embedding_protocol import parse_embedding_request
 from serve_apps.files_api import FilesApi
-from serve_apps.http_body import error_response, failure_of, read_body
+from serve_apps.http_body import error_response, event_stream, failure_of, read_body
 from serve_apps.http_errors import answer_errors, answer_unknown_paths, describe
 from serve_apps.image_fetch import ImageFetcher
 from serve_apps.media import Elsewhere
@@ -128,10 +128,7 @@ class Assistant:
                     return JSONResponse(await again(lambda: _whole(reply, speak())))
                 # The first chunk is awaited before the status is sent, so that a refusal is a 4xx and not an event.
                 first, chunks = await begun(speak)
-            events = _events(reply, first, chunks, include_usage=call.include_usage, request=request)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
-            )
+            return event_stream(_events(reply, first, chunks, include_usage=call.include_usage, request=request))
         except Exception as error:
             return error_response(failure_of(error, request))
 
@@ -179,19 +176,16 @@ class Assistant:
         prompt = Prompt(id, messages, seen.features, call.sampling, seconds, model, record.trace.traceparent)
         response = self._phi.options(stream=True, multiplexed_model_id=model).generate.remote(prompt)
         unfinished = call.sampling.n
-        try:
-            while unfinished:
-                async with asyncio.timeout_at(deadline):
-                    chunk: EngineChunk = await anext(response)
+        async with aclosing(items(response, deadline)) as chunks:
+            async for chunk in chunks:
                 record.note(chunk)
                 if chunk.finish_reason == "abort":
                     raise EngineError("the engine ended the request before the answer was done")
                 yield chunk
                 unfinished -= chunk.finish_reason is not None
-        except StopAsyncIteration:
-            raise EngineError("the answer ended without a reason") from None
-        finally:
-            response.cancel()
+                if not unfinished:
+                    return
+        raise EngineError("the answer ended without a reason")
 
 
 async def _whole(reply: Reply, chunks: AsyncGenerator[EngineChunk, None]) -> Json:

@@ -10,11 +10,11 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from serve_apps.access import caller_of
-from serve_apps.asking import again, begun, preceded
-from serve_apps.http_body import error_response, failure_of
+from serve_apps.asking import again, begun, items, preceded
+from serve_apps.http_body import error_response, event_stream, failure_of
 from serve_apps.limits import Limits
 from serve_apps.multipart import read_form
 from serve_apps.openai_replies import DONE, event, require_model
@@ -71,28 +71,17 @@ class SpeechApi:
                     return _reply(asked, await again(lambda: _whole(listen())))
                 # The first piece is awaited before the status is sent, so that a refusal is a 4xx and not an event.
                 first, pieces = await begun(lambda: _from_first_words(listen()))
-            return StreamingResponse(
-                _events(asked, first, pieces, request),
-                media_type="text/event-stream",
-                headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-            )
+            return event_stream(_events(asked, first, pieces, request))
         except Exception as error:
             return error_response(failure_of(error, request))
 
     async def _listen(self, call: SpeechCall, deadline: float, record: RequestRecord) -> AsyncGenerator[Heard, None]:
         """What is heard, piece by piece; closing the generator ends Whisper's work."""
-        response: Any = self._whisper.options(stream=True).listen.remote(call, record.trace.traceparent)
-        try:
-            while True:
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        heard: Heard = await anext(response)
-                except StopAsyncIteration:
-                    return
+        response = self._whisper.options(stream=True).listen.remote(call, record.trace.traceparent)
+        async with aclosing(items(response, deadline)) as pieces:
+            async for heard in pieces:
                 record.audio_seconds = heard.seconds
                 yield heard
-        finally:
-            response.cancel()
 
 
 async def _from_first_words(pieces: AsyncGenerator[Heard, None]) -> AsyncGenerator[Heard, None]:

@@ -25,7 +25,7 @@ from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.phi_engine import require_servable
-from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_base
+from serve_apps.served_bundles import Base, ServedBundle, ServedBundles, base_of, require_base
 from serve_apps.whisper_app import WhisperDeployment, require_hearing
 
 if TYPE_CHECKING:
@@ -63,15 +63,16 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     require_hearing(opened, config.whisper)
     folder = opened.folder.absolute()
     name = model or opened.info.name
-    bundles = {name: ServedBundle.of(opened)} | _adapters(config.phi, opened, name)
+    base = base_of(opened)
+    bundles = {name: ServedBundle.of(opened)} | _adapters(config.phi, base, name)
     drain_s = config.limits.request_timeout_s  # no request takes longer, so none is cut off
-    base = version_of(config, opened, list(bundles))
+    version = version_of(config, base, list(bundles))
 
     def deployment(cls: type, name: str, part: DeploymentConfig, **more: Any) -> "Deployment":
         logs = logging_config(config.observability)
         options = serving_options(part, drain_s) | {"logging_config": logs} | more
         # Serve's own versions are new ones whenever something is deployed, and replicas of another version restart.
-        return serve.deployment(cls, name=name, **options).options(version=base, _internal=True)
+        return serve.deployment(cls, name=name, **options).options(version=version, _internal=True)
 
     clip = deployment(ClipDeployment, CLIP, config.clip).bind(folder, config.clip, config.observability)
     whisper = deployment(WhisperDeployment, WHISPER, config.whisper).bind(folder, config.whisper, config.observability)
@@ -83,20 +84,20 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     return ingress.bind(clip, whisper, phi, list(bundles), config, fingerprints)
 
 
-def _adapters(config: PhiConfig, first: Bundle, name: str) -> dict[str, ServedBundle]:
+def _adapters(config: PhiConfig, base: Base, name: str) -> dict[str, ServedBundle]:
     """The further bundles of a config, by model name; all that is known against them is said here."""
-    found, base = {}, base_of(first)
+    found = {}
     for other, folder in config.adapters.items():
         if other == name:
             raise ConfigError(f"phi.adapters: '{other}' is the name of the first bundle: give it another")
         opened = Bundle.open(folder)
-        require_base(base, opened)
+        require_base(base, name, opened)
         require_servable(opened, config)
         found[other] = ServedBundle.of(opened)
     return found
 
 
-def version_of(config: ServeConfig, bundle: Bundle, models: list[str]) -> str:
+def version_of(config: ServeConfig, base: Base, models: list[str]) -> str:
     """What must be equal for running replicas to stay: code, config, model names, and all of a bundle but its training.
 
     Two services of one version differ in the bundles' connectors and adapters alone.
@@ -105,7 +106,7 @@ def version_of(config: ServeConfig, bundle: Bundle, models: list[str]) -> str:
     for folder in (Path(__file__).parent, Path(mmllm_core.__file__).parent):
         for file in sorted(folder.rglob("*.py")):
             digest.update(file.read_bytes())
-    told = [config.model_dump(mode="json", exclude={"phi": {"adapters"}}), models, base_of(bundle)]
+    told = [config.model_dump(mode="json", exclude={"phi": {"adapters"}}), models, base]
     digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

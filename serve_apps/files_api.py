@@ -5,7 +5,7 @@ refused here and nothing of it stays. Does not know how files lie on disk.
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 from urllib.parse import quote
 
 from fastapi import Request
@@ -13,11 +13,13 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field, ValidationError
 
 from mmllm_core.errors import BadInput
+from serve_apps.access import caller_of
 from serve_apps.file_store import FileStore, NewFile, OwnedFiles
 from serve_apps.files_config import FilesConfig
 from serve_apps.media_kind import media_kind
 from serve_apps.multipart import Form, read_form
 from serve_apps.openai_protocol import to_bad_input
+from serve_apps.openai_replies import Json
 from serve_apps.openai_sampling import Body
 from serve_apps.perception import Perceiver
 from serve_apps.stored_file import FileRecord, Purpose, file_missing
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 EXPIRES_ANCHOR, EXPIRES_SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 MAX_FILENAME_CHARS = 255
 _PURPOSES = get_args(Purpose)
-Json = dict[str, Any]
 
 
 class ListQuery(Body):
@@ -39,11 +40,6 @@ class ListQuery(Body):
     order: Literal["asc", "desc"] = "desc"
     after: str | None = None
     purpose: Purpose | None = None
-
-
-def owner_of(request: Request) -> str:
-    """Whose key a request came with; empty where no keys are asked for."""
-    return str(request.scope.get("mmllm.owner", ""))
 
 
 class FilesApi:
@@ -56,7 +52,7 @@ class FilesApi:
 
     def of(self, request: Request) -> OwnedFiles:
         """The files of a request's owner."""
-        return self._store.of(owner_of(request))
+        return self._store.of(caller_of(request).owner)
 
     async def upload(self, request: Request) -> Response:
         """Take a file in, once it has been seen or heard.

@@ -6,11 +6,11 @@ In: a request. Out: bytes within a bound, or OpenAI's error body as a response. 
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from serve_apps.openai_replies import BodyTooLarge, Failure, to_failure
 from serve_apps.request_record import record_of
@@ -35,6 +35,12 @@ def failure_of(error: BaseException, request: Request) -> Failure:
 def error_response(failure: Failure, headers: dict[str, str] | None = None) -> Response:
     """A failure as an HTTP response, with `headers` besides its own."""
     return JSONResponse(failure.body, status_code=failure.status, headers=failure.headers | (headers or {}))
+
+
+def event_stream(events: AsyncIterator[bytes]) -> Response:
+    """Server-sent events as an HTTP response that proxies pass on as they come."""
+    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:

@@ -4,7 +4,6 @@ Knows paths and bodies' shapes; what is done, `FilesApi` and the assistant know.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -12,8 +11,7 @@ from fastapi.responses import Response
 from serve_apps.embedding_protocol import EmbeddingRequest
 from serve_apps.files_api import EXPIRES_ANCHOR, EXPIRES_SECONDS, FilesApi
 from serve_apps.http_body import answered
-
-Json = dict[str, Any]
+from serve_apps.openai_replies import Json
 
 _FORM: Json = {
     "type": "object",

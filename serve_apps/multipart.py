@@ -62,8 +62,6 @@ async def read_form(request: Request, max_file_bytes: int, known: Collection[str
             form = await parser.parse()
         except MultiPartException as error:
             raise BadInput(f"the form cannot be read: {_reason(error)}") from None
-        except UnicodeError:
-            raise BadInput("the form cannot be read: it is not UTF-8") from None
     try:
         fields: dict[str, str] = {}
         several: dict[str, list[str]] = {}

@@ -108,14 +108,15 @@ class Perceiver:
     async def _see_all(self, images: Sequence[ImageSource], traceparent: str) -> Any:
         if not images:
             return None
-        found = await all_or_none(self._known_features(image) for image in images)
+        names = await all_or_none(_name(image) for image in images)
+        found = await all_or_none(map(self._known_features, images, names))
         unknown = [i for i, features in enumerate(found) if features is None]
         if unknown:
             uploads = await all_or_none(self._upload(images[i]) for i in unknown)
             told = await ask(lambda: self._clip.see.remote(uploads, traceparent))
             for i, seen in zip(unknown, told, strict=True):
                 found[i] = seen.features
-                await self._keep_features(images[i], seen)
+                await self._keep_features(images[i], names[i], seen)
         return np.stack([features for features in found if features is not None])  # (n_images, n_patches, d_vision)
 
     async def _hear_all(self, sounds: Sequence[SoundSource], traceparent: str) -> Any:
@@ -135,20 +136,19 @@ class Perceiver:
         transcript = await ask(lambda: self._whisper.transcribe.remote(upload, traceparent))
         return transcript.text, transcript.seconds
 
-    async def _known_features(self, image: ImageSource) -> Features | None:
+    async def _known_features(self, image: ImageSource, name: str | None) -> Features | None:
         tier, found = "ingress", None
-        if isinstance(image, Upload):
-            found = self._cache.get(await content_hash(image.data))
+        if name is not None:
+            found = self._cache.get(name)
         elif isinstance(image, FileUse):
             tier, found = "file", await asyncio.to_thread(image.file.features, self._fingerprints.vision)
         if found is not None:  # a URL may show another image every time
             self._known.inc(1, {"tier": tier})
         return found
 
-    async def _keep_features(self, image: ImageSource, seen: Seen) -> None:
-        if isinstance(image, Upload):
-            # a view would keep all images of the request in memory
-            self._cache.put(await content_hash(image.data), seen.features.copy())
+    async def _keep_features(self, image: ImageSource, name: str | None, seen: Seen) -> None:
+        if name is not None:
+            self._cache.put(name, seen.features.copy())  # a view would keep all images of the request in memory
         await _keep(image, seen)
 
     async def _upload(self, image: ImageSource) -> Upload:
@@ -159,6 +159,11 @@ class Perceiver:
                 raise ImageError("images are not fetched from URLs here: send a data URI", image.param)
             return Upload(await self._fetcher.fetch(image.url, image.param), image.param)
         return image
+
+
+async def _name(image: ImageSource) -> str | None:
+    """What the features of an image that the request brings are remembered by."""
+    return await content_hash(image.data) if isinstance(image, Upload) else None
 
 
 async def _as_it_is(text: TypedText) -> TypedText:

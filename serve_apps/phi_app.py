@@ -59,7 +59,7 @@ class PhiDeployment:
         self._stream_interval_s = config.stream_interval_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
-        self._voices = Voices(bundles, config)
+        self._voices = Voices(opened, bundles, config)
         self._kv_use.set(0.0)
 
     async def reconfigure(self, wanted: dict[str, Any]) -> None:

@@ -76,10 +76,15 @@ class RequestRecord:
         return "+".join(["text", *parts])
 
 
-def record_of(request: Request) -> RequestRecord:
+def record_in(scope: Scope) -> RequestRecord:
     """The record of a request, which is nobody's where no middleware tells of it."""
-    record: RequestRecord = request.scope.setdefault("mmllm.record", RequestRecord())
+    record: RequestRecord = scope.setdefault("mmllm.record", RequestRecord())
     return record
+
+
+def record_of(request: Request) -> RequestRecord:
+    """As `record_in`, for routes."""
+    return record_in(request.scope)
 
 
 @dataclass

@@ -62,11 +62,12 @@ def base_of(bundle: Bundle) -> Base:
     }
 
 
-def require_base(base: Base, other: Bundle) -> None:
+def require_base(base: Base, name: str, other: Bundle) -> None:
     """Refuse a bundle that cannot share what is served.
 
     Args:
         base: of what is served.
+        name: by which that is known.
 
     Raises:
         BundleError: it was trained on another CLIP, LM, Whisper or tokenizer.
@@ -74,8 +75,8 @@ def require_base(base: Base, other: Bundle) -> None:
     theirs = base_of(other)
     if differing := [what for what in base if base[what] != theirs[what]]:
         raise BundleError(
-            f"bundle '{other.info.name}' ({other.folder}) has another {' and another '.join(differing)} than what is "
-            "served and cannot share its replicas: serve it by itself"
+            f"bundle '{other.info.name}' ({other.folder}) has another {' and another '.join(differing)} than "
+            f"'{name}' and cannot share its replicas: serve it by itself"
         )
 
 

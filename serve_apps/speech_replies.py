@@ -4,15 +4,13 @@ In: segments as they were heard. Out: strings and JSON-ready dictionaries. Does 
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from mmllm_core.audio import Segment, Word
 from mmllm_core.audio.languages import language_name
 from mmllm_core.audio.transcript import joined
+from serve_apps.openai_replies import Json
 from serve_apps.openai_speech import SpeechRequest
 from serve_apps.speech import Heard
-
-Json = dict[str, Any]
 
 
 def json_body(heard: Heard) -> Json:

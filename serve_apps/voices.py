@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from ray.serve import multiplexed
 
+from mmllm_core.bundle import Bundle
 from mmllm_core.engine.lora import LoraAdapter
 from mmllm_core.engine.protocol import Engine, EngineLoad
 from mmllm_core.errors import ConfigError
@@ -73,27 +74,27 @@ class Voices:
     Serve is told which are here, so that it sends requests where their bundle is (`ray.serve.multiplexed`).
 
     Args:
+        first: the first bundle, opened.
         bundles: by model name; the first is the one that is asked for where no name is given.
 
     Raises:
         BundleError, WeightsError, ConfigError, ExportError, EngineError: the first cannot be loaded.
     """
 
-    def __init__(self, bundles: Mapping[str, ServedBundle], config: PhiConfig):
+    def __init__(self, first: Bundle, bundles: Mapping[str, ServedBundle], config: PhiConfig):
         self._bundles = dict(bundles)
         self._first = next(iter(bundles))
         self._config = config
         self._letting_go: set[asyncio.Task[None]] = set()
         self._shared: SharedBase | None = None
         self._held: WeakValueDictionary[str, _Held] = WeakValueDictionary()
-        first = bundles[self._first]
-        self.base: Base = base_of(first.open())
+        self.base: Base = base_of(first)
         """What every bundle that is served here shares."""
         torch.set_num_threads(config.n_threads)
         with ThreadPoolExecutor(1) as starting:  # its team of threads ends with it: the engine's shall be the only one
             if config.adapters:
-                self._shared = starting.submit(lambda: start_shared(first.open(), config)).result()
-            self._only = _Held(starting.submit(self._start, first).result())
+                self._shared = starting.submit(start_shared, first, config).result()
+            self._only = _Held(starting.submit(self._voice, first).result())
         torch.set_num_threads(1)  # of the threads that embed prompts
         self._engines = [self._only.voice.engine]
 
@@ -177,15 +178,18 @@ class Voices:
     def _start(self, bundle: ServedBundle) -> Voice:
         opened = bundle.open()
         require_servable(opened, self._config)
-        require_base(self.base, opened)
+        require_base(self.base, self._first, opened)
+        return self._voice(opened)
+
+    def _voice(self, bundle: Bundle) -> Voice:
         adapter = None
         if self._shared is None:
-            model, engine = start_engine(opened, self._config)
+            model, engine = start_engine(bundle, self._config)
         else:
             engine = self._shared.engine
-            model, adapter = self._shared.load(opened)
-        namespace = ServedBundle.of(opened).sha256 or ""
-        return Voice(model, engine, model.connector.n_tokens(opened.info.n_patches), adapter, namespace)
+            model, adapter = self._shared.load(bundle)
+        namespace = ServedBundle.of(bundle).sha256 or ""
+        return Voice(model, engine, model.connector.n_tokens(bundle.info.n_patches), adapter, namespace)
 
     async def _let_go(self, voice: Voice) -> None:
         await voice.retired.wait()

@@ -8,40 +8,24 @@ replicas against time. CLIP and the LM are tiny and random; Whisper is the embed
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.serve_apps.conftest import build_tiny_bundle, free_port, recorded_speech
+from tests.serve_apps.conftest import build_tiny_bundle, deploy, own_serve, recorded_speech
 from tests.serve_apps.step_load import CONFIG, DEPLOYMENTS, StepLoad, of_images, of_speech, of_text
 
 
 def measure(folder: Path, up_to: int) -> dict[str, Any]:
     """Run the three steps on a service of our own and tell what was seen."""
-    import ray
-    from ray import serve
-
     from mmllm_core.audio import SAMPLE_RATE, decode_audio
-    from serve_apps.builder import build, load_serve_config
 
     clip = recorded_speech()
     seconds = decode_audio(clip, 60).size / SAMPLE_RATE
     bundle = build_tiny_bundle(folder)
-    port = free_port()
-    ray.init(
-        address="local",
-        num_cpus=2,
-        resources={"vision": 8, "audio": 8, "text": 8},
-        object_store_memory=150_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        config = load_serve_config("embedded", CONFIG | {"http.port": port})
-        serve.run(build(config, bundle.folder), name="mmllm", route_prefix="/")
-        load = StepLoad(config.http.base_url, bundle.info.name, "mmllm")
+    with own_serve() as port:
+        service = deploy(bundle, "mmllm", "/", CONFIG | {"http.port": port})
+        load = StepLoad(service.base_url, service.model, service.app_name)
         with load.watched():
             for modality, callers in {
                 "vision": of_images(8),
@@ -50,9 +34,6 @@ def measure(folder: Path, up_to: int) -> dict[str, Any]:
             }.items():
                 load.step(modality, callers, up_to=up_to, least_s=15)
         return load.trace()
-    finally:
-        serve.shutdown()
-        ray.shutdown()
 
 
 def summary(trace: dict[str, Any]) -> list[dict[str, Any]]:
@@ -113,7 +94,6 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("autoscaling.png"))
     parser.add_argument("--replicas", type=int, default=3, help="to which each modality is loaded")
     arguments = parser.parse_args()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         trace = measure(Path(folder), arguments.replicas)
     plot(trace, arguments.plot)

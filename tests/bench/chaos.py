@@ -10,11 +10,10 @@ redeployed; and how soon the LM is free again after a caller hangs up.
 import argparse
 import asyncio
 import json
-import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_apps.builder import CLIP, INGRESS, PHI, WHISPER
-from tests.serve_apps.conftest import Service, build_tiny_bundle, free_port, recorded_speech
+from tests.serve_apps.conftest import Service, build_tiny_bundle, deploy, own_serve, recorded_speech
 from tests.serve_apps.faults import Ending, MixedLoad, kill_now_and_then, memory_mb, percentile
 
 BEHIND = [CLIP, WHISPER, PHI]
@@ -49,36 +48,16 @@ CONFIG: dict[str, Any] = {
 
 
 @contextmanager
-def service() -> Iterator[tuple[Service, Any]]:
+def service() -> Iterator[tuple[Service, Callable[..., Service]]]:
     """A service of our own, and what deploys it with other settings."""
-    import ray
-    from ray import serve
-
-    from serve_apps.builder import build, load_serve_config
-
-    with tempfile.TemporaryDirectory() as folder:
+    # As many CPUs as replicas ask for; two cores do for tiny models.
+    with tempfile.TemporaryDirectory() as folder, own_serve(num_cpus=16) as port:
         bundle = build_tiny_bundle(Path(folder))
-        port = free_port()
-        ray.init(
-            address="local",
-            num_cpus=16,  # as many as replicas ask for; two cores do for tiny models
-            resources={"vision": 8, "audio": 8, "text": 8},
-            object_store_memory=150_000_000,
-            include_dashboard=False,
-            log_to_driver=False,
-        )
-        try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
 
-            def deploy(**overrides: Any) -> str:
-                config = load_serve_config("embedded", CONFIG | {"http.port": port} | overrides)
-                serve.run(build(config, bundle.folder), name="mmllm", route_prefix="/")
-                return config.http.base_url
+        def deploy_with(**overrides: Any) -> Service:
+            return deploy(bundle, "mmllm", "/", CONFIG | {"http.port": port} | overrides)
 
-            yield Service(deploy(), bundle.info.name, "mmllm"), deploy
-        finally:
-            serve.shutdown()
-            ray.shutdown()
+        yield deploy_with(), deploy_with
 
 
 async def overload(load: MixedLoad, times: float, seconds: float) -> dict[str, Any]:
@@ -110,10 +89,10 @@ async def kills(load: MixedLoad, app: str, n_requests: int, deployments: list[st
     return {"killed": dict(killed), "endings": endings(load.endings)}
 
 
-async def redeploy(load: MixedLoad, deploy: Any) -> dict[str, Any]:
+async def redeploy(load: MixedLoad, deploy_with: Callable[..., Service]) -> dict[str, Any]:
     """Requests while every replica is replaced, since a setting changed."""
     load.endings = []
-    done = asyncio.create_task(asyncio.to_thread(deploy, **{"limits.max_images": 4}))
+    done = asyncio.create_task(asyncio.to_thread(deploy_with, **{"limits.max_images": 4}))
     while not done.done():
         await load.closed(24, 8)
     await done
@@ -148,7 +127,7 @@ def endings(found: Sequence[Ending]) -> dict[str, int]:
 
 async def measure(n_requests: int) -> dict[str, Any]:
     """All of it, one after another."""
-    with service() as (target, deploy):
+    with service() as (target, deploy_with):
         load = MixedLoad(target.base_url, target.model, recorded_speech())
         retrying = replace(load, retries=2, endings=[])
         app = target.app_name
@@ -157,7 +136,7 @@ async def measure(n_requests: int) -> dict[str, Any]:
             "kills_behind_the_ingress": await kills(load, app, n_requests, BEHIND),
             "kills_of_the_ingress": await kills(load, app, n_requests // 5, [INGRESS]),
             "kills_of_the_ingress_where_clients_retry": await kills(retrying, app, n_requests // 5, [INGRESS]),
-            "redeploy": await redeploy(load, deploy),
+            "redeploy": await redeploy(load, deploy_with),
             "hang_up": await hang_up(target, 10),
         }
 
@@ -167,7 +146,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500, help="while replicas are killed")
     arguments = parser.parse_args()
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     found = asyncio.run(measure(arguments.requests))
     table = Table("what was done", "how requests ended", "what else was seen")
     for name, values in found.items():

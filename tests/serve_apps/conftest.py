@@ -81,7 +81,7 @@ def serve_port() -> Iterator[int]:
 
 
 @contextmanager
-def own_serve(host: str = "127.0.0.1") -> Iterator[int]:
+def own_serve(host: str = "127.0.0.1", num_cpus: int = 2) -> Iterator[int]:
     """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
@@ -94,7 +94,7 @@ def own_serve(host: str = "127.0.0.1") -> Iterator[int]:
     port = free_port()
     ray.init(
         address="local",  # never somebody else's cluster
-        num_cpus=2,
+        num_cpus=num_cpus,
         resources={"vision": 8, "audio": 8, "text": 8},
         object_store_memory=150_000_000,
         include_dashboard=False,

@@ -265,7 +265,7 @@ BAD_UPLOADS: dict[str, tuple[dict[str, Any], int, str | None]] = {
             "headers": MULTIPART,
         },
         400,
-        None,
+        "ÿþ",
     ),
     "forty fields": ({"files": [(f"f{i}", (None, "v")) for i in range(40)]}, 400, None),
 }

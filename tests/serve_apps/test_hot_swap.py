@@ -138,12 +138,12 @@ async def _say(phi: PhiDeployment) -> list[int]:
 
 
 def test_a_bundle_of_another_base_is_refused_and_says_what_differs(bundle: Bundle, other: Bundle) -> None:
-    require_base(base_of(bundle), other)
+    require_base(base_of(bundle), bundle.info.name, other)
     language = bundle.profile.language.model_copy(update={"quantization": "nf4"})
     profile = bundle.profile.model_copy(update={"language": language})
     changed = Bundle(other.folder, other.info.model_copy(update={"profile": profile}))
-    with pytest.raises(BundleError, match="has another LM than what is served"):
-        require_base(base_of(bundle), changed)
+    with pytest.raises(BundleError, match="has another LM than 'tiny'"):
+        require_base(base_of(bundle), bundle.info.name, changed)
     seen = Bundle(other.folder, other.info.model_copy(update={"feature_fingerprint": "of another"}))
     with pytest.raises(BundleError, match="another CLIP"):
-        require_base(base_of(bundle), seen)
+        require_base(base_of(bundle), bundle.info.name, seen)
