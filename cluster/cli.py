@@ -19,6 +19,7 @@ from cluster.keys_commands import keys_app, keys_file
 from cluster.local import Verbose, quieten
 from cluster.plan_command import plan
 from cluster.report_command import report
+from cluster.space_command import space_app
 from cluster.spoken_command import evaluate_spoken
 from cluster.top_command import top
 from cluster.train_command import train
@@ -41,6 +42,7 @@ app.command()(top)
 app.command()(train)
 app.add_typer(features_app, name="features")
 app.add_typer(keys_app, name="keys")
+app.add_typer(space_app, name="space")
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]
