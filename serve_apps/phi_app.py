@@ -8,7 +8,7 @@ HTTP, image files or sound.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from hashlib import blake2b
@@ -55,7 +55,7 @@ class PhiDeployment:
         self._device = config.device
         self._work, self._kv_use = WorkInFlight("text", "tokens"), gauge("mmllm_kv_use")
         self._tracer = start_tracing(observability, "text")
-        self._stream_interval_s = config.stream_interval_s
+        self._stream_intervals_s = config.stream_interval_s, config.stream_interval_most_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
         self._voices = Voices(opened, bundles, config)
@@ -133,6 +133,11 @@ class PhiDeployment:
         """
         self._voices.health()
 
+    def _stream_interval_s(self) -> float:
+        """How long text waits for more of it, by how many answers are computed now."""
+        least, most = self._stream_intervals_s
+        return max(least, min(most, least * self._voices.load().running / 4))
+
     @torch.inference_mode()
     def _request(self, prompt: Prompt, voice: Voice) -> EngineRequest:
         """Render and embed a prompt."""
@@ -173,7 +178,9 @@ def content_of(input_ids: Sequence[int], features: NDArray[np.float16] | None, n
     return tuple(next(of_images) if token == IMAGE_TOKEN_ID else token for token in input_ids)
 
 
-async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> AsyncGenerator[EngineChunk, None]:
+async def coalesce(
+    chunks: AsyncIterator[EngineChunk], interval_s: Callable[[], float]
+) -> AsyncGenerator[EngineChunk, None]:
     """Send the first chunk alone and at once, and then whatever came within `interval_s` as one.
 
     Every item that crosses processes costs about as much as a token of a small model takes; a reader does not
@@ -195,7 +202,7 @@ async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> Asy
             if held and loop.time() >= due:
                 for merged in _merged(held):
                     yield merged
-                held, due = [], loop.time() + interval_s
+                held, due = [], loop.time() + interval_s()
         for merged in _merged(held):
             yield merged
         coming.result()  # raises what ended the stream, after what had come before it
