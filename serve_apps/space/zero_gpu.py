@@ -14,13 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmllm_core.engine.protocol import EngineChunk
-from serve_apps.prompt import Prompt
-
 if TYPE_CHECKING:
     from mmllm_core.bundle import Bundle
+    from mmllm_core.engine.protocol import EngineChunk
     from serve_apps.config import PhiConfig, ServeConfig
     from serve_apps.phi_app import PhiDeployment
+    from serve_apps.prompt import Prompt
 
 GPU_SECONDS = 120
 """That a call may take, loading included; a visitor's share of GPU time must reach so far."""
@@ -54,7 +53,7 @@ class ZeroGpuPhi:
         self._asked = bundle.folder.absolute(), _on_gpu(config).model_dump_json()
         self._speak = lend(speak, duration=GPU_SECONDS)
 
-    async def generate(self, prompt: Prompt) -> AsyncGenerator[EngineChunk, None]:
+    async def generate(self, prompt: "Prompt") -> "AsyncGenerator[EngineChunk, None]":
         """As `PhiDeployment.generate`; errors of the process that has the GPU come as `spaces` tells them."""
         from starlette.concurrency import iterate_in_threadpool
 
@@ -75,7 +74,7 @@ class ZeroGpuPhi:
         """Nothing runs here."""
 
 
-def speak(folder: Path, config: str, prompt: Prompt) -> Iterator[EngineChunk]:
+def speak(folder: Path, config: str, prompt: "Prompt") -> "Iterator[EngineChunk]":
     """The chunks of an answer; what `spaces` runs where the GPU is.
 
     Args:
@@ -112,5 +111,5 @@ def _on_gpu(config: "ServeConfig") -> "PhiConfig":
     return load_serve_config("phi").phi if torch.cuda.is_available() else config.phi
 
 
-async def _next(chunks: AsyncGenerator[EngineChunk, None]) -> EngineChunk | None:
+async def _next(chunks: "AsyncGenerator[EngineChunk, None]") -> "EngineChunk | None":
     return await anext(chunks, None)
