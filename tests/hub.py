@@ -45,7 +45,8 @@ class Hub(BaseHTTPRequestHandler):
         elif (kind := self.path.rpartition("/")[2]) in self.settings:
             told = json.loads(body)
             self.settings[kind][told.get("key", "flavor")] = told.get("value", told.get("flavor"))
-            self.answer({"stage": "BUILDING", "hardware": {"current": None, "requested": None}, "gcTimeout": None})
+            runtime = {"stage": "BUILDING", "hardware": {"current": None, "requested": None}, "gcTimeout": None}
+            self.answer(runtime if kind == "hardware" else self.told(kind))
         else:  # the check of a model card's header
             self.answer({"warnings": [], "errors": []})
 
@@ -56,11 +57,14 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if (kind := self.path.rpartition("/")[2]) in self.settings:
-            self.answer({name: {"value": value} for name, value in self.settings[kind].items()}, self.refusal or 200)
+            self.answer(self.told(kind), self.refusal or 200)
         elif "/tree/" in self.path:
             self.answer([])
         else:
             self.answer({"id": "owner/model", "sha": "1" * 40, "siblings": []}, self.refusal or 200)
+
+    def told(self, kind: str) -> dict[str, dict[str, str]]:
+        return {name: {"value": value} for name, value in self.settings[kind].items()}
 
     def answer(self, values: Any, status: int = 200) -> None:
         body = json.dumps(values).encode()
