@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray.serve import get_multiplexed_model_id
 
 from mmllm_core.config import parse_config
 from mmllm_core.conversation import IMAGE_TOKEN_ID, render
@@ -90,7 +89,7 @@ class PhiDeployment:
         with (
             self._work.request() as work,
             Trace(self._tracer, prompt.traceparent).span("generate") as (span, _),
-            (await self._voices.of(get_multiplexed_model_id())).used() as voice,
+            (await self._voices.of(prompt.model)).used() as voice,
         ):
             request = replace(await asyncio.to_thread(self._request, prompt, voice), deadline=deadline)
             work.amount = request.prompt_tokens
@@ -121,6 +120,10 @@ class PhiDeployment:
     def load(self) -> EngineLoad:
         """How busy the engine is now."""
         return self._voices.load()
+
+    def shutdown(self) -> None:
+        """End the engines, and what they still answer."""
+        self._voices.shutdown()
 
     def check_health(self) -> None:
         """Ask the engine; Serve replaces a replica whose engine is down.
