@@ -104,7 +104,8 @@ def test_load_generators_are_served_as_vllm_serves_them(service: Service) -> Non
     body = service.body("Hello", stream=True, stream_options=options, max_completion_tokens=20)
     *said, closing = list(service.client().chat.completions.create(**body, extra_body={"ignore_eos": True}))
     counts = [chunk.usage.completion_tokens for chunk in said[1:]]
-    assert counts == sorted(counts) and 0 < counts[0] < counts[-1] == closing.usage.completion_tokens == 20
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == closing.usage.completion_tokens == 20
 
 
 def test_readiness_is_a_real_answer_of_each_part(service: Service) -> None:
