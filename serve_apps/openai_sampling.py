@@ -1,7 +1,7 @@
 """How OpenAI's API says what an answer shall be like: lengths, sampling, penalties, formats.
 
-In: the fields of a request. Out: `SamplingParams`. `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `ignore_eos`
-are vLLM's extensions of that API, which clients send as extra fields. Does not know messages or HTTP.
+In: the fields of a request. Out: `SamplingParams`. `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and
+`ignore_eos` are vLLM's extensions of that API, which clients send as extra fields. Does not know messages or HTTP.
 """
 
 import json
