@@ -1,9 +1,10 @@
 """The door of the HTTP side: who may come in, how often, and in what shape a request may be.
 
 A pure ASGI middleware, so streams pass through it piece by piece. Every route is behind it, whoever adds one; only
-`/healthz` and `/readyz` are open. It writes `mmllm.owner` into the scope, the id of the caller's key, "" where no keys
-are asked for, and `mmllm.caller`, which `caller_of` reads. Below `/v1` a key is given as `Authorization: Bearer`;
-elsewhere (the chat page, the API's description, metrics) as the password of HTTP Basic too, for which browsers ask.
+`/healthz`, `/health` and `/readyz` are open. It writes `mmllm.owner` into the scope, the id of the caller's key, ""
+where no keys are asked for, and `mmllm.caller`, which `caller_of` reads. Below `/v1` a key is given as
+`Authorization: Bearer`; elsewhere (the chat page, the API's description, metrics) as the password of HTTP Basic too,
+for which browsers ask.
 
 Without keys the service is for this machine alone: requests must name a loopback host, and pages of other origins are
 turned away, so that no web page that somebody looks at here can use it. Does not know bodies or models' answers.
@@ -34,7 +35,7 @@ from serve_apps.request_record import record_in
 if TYPE_CHECKING:
     from serve_apps.config import ServeConfig
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/health", "/healthz", "/readyz"})
 """What may be asked without a key."""
 
 

@@ -18,7 +18,7 @@ def _absolute(path: Path) -> Path:
 
 
 class AccessConfig(StrictModel):
-    """Access to every route but `/healthz` and `/readyz`."""
+    """Access to every route but `/healthz`, `/health` and `/readyz`."""
 
     keys_file: Annotated[Path, AfterValidator(_absolute)] | None = None
     """YAML file of API keys, as `mmllm keys create` writes it; every ingress replica reads it, and reads it again when

@@ -31,7 +31,7 @@ from serve_apps.image_fetch import ImageFetcher
 from serve_apps.media import Elsewhere
 from serve_apps.media_routes import add_embedding_route, add_file_routes
 from serve_apps.metrics_page import add_metrics_route
-from serve_apps.openai_protocol import ChatCall, ChatRequest, parse_request, with_transcripts
+from serve_apps.openai_protocol import ChatCall, ChatRequest, StreamOptions, parse_request, with_transcripts
 from serve_apps.openai_replies import (
     DONE,
     Json,
@@ -39,6 +39,7 @@ from serve_apps.openai_replies import (
     Reply,
     event,
     require_model,
+    usage,
 )
 from serve_apps.perception import Fingerprints, Perceiver, Perception
 from serve_apps.prompt import Prompt
@@ -131,7 +132,7 @@ class Assistant:
                     return JSONResponse(await again(lambda: _whole(reply, speak())))
                 # The first chunk is awaited before the status is sent, so that a refusal is a 4xx and not an event.
                 first, chunks = await begun(speak)
-            return event_stream(_events(reply, first, chunks, include_usage=call.include_usage, request=request))
+            return event_stream(_events(reply, first, chunks, call.stream_options, request))
         except Exception as error:
             return error_response(failure_of(error, request))
 
@@ -203,27 +204,27 @@ async def _events(
     reply: Reply,
     first: EngineChunk,
     chunks: AsyncGenerator[EngineChunk, None],
-    *,
-    include_usage: bool,
+    options: StreamOptions,
     request: Request,
 ) -> AsyncIterator[bytes]:
     """Server-sent events of a streamed answer; an error that comes now is an event too."""
-    last: dict[int, EngineChunk] = {}
+    latest: dict[int, EngineChunk] = {}
     async with aclosing(chunks):
         for opening in reply.first():
             yield event(opening)
         try:
             async for chunk in preceded(first, chunks):
+                latest[chunk.index] = chunk
+                so_far = {"usage": usage(list(latest.values()))} if options.continuous_usage_stats else {}
                 if chunk.text or chunk.logprobs:
-                    yield event(reply.piece(chunk))
+                    yield event(reply.piece(chunk) | so_far)
                 if chunk.finish_reason is not None:
-                    last[chunk.index] = chunk
-                    yield event(reply.finish(chunk))
+                    yield event(reply.finish(chunk) | so_far)
         except Exception as error:
             yield event(failure_of(error, request).body)
         else:
-            if include_usage:
-                yield event(reply.closing_usage(list(last.values())))
+            if options.include_usage:
+                yield event(reply.closing_usage(list(latest.values())))
         yield DONE
 
 
@@ -265,6 +266,7 @@ def build_http_app(assistant: Assistant) -> FastAPI:
             return found[0]
         return error_response(failure_of(ModelNotFound("this model does not exist", "model"), request))
 
+    @app.get("/health", summary="Healthz, as vLLM calls it")
     @app.get("/healthz")
     async def healthz() -> Json:
         """Say that requests are taken."""

@@ -118,9 +118,10 @@ class ChatMessage(Body):
 
 
 class StreamOptions(Body):
-    """What a stream carries besides text."""
+    """What a stream carries besides text; the usage so far in each chunk is vLLM's extension."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -143,7 +144,7 @@ class ChatCall:
     clips: tuple[SoundSource, ...]
     sampling: SamplingParams
     stream: bool
-    include_usage: bool
+    stream_options: StreamOptions
 
 
 def parse_request(body: bytes, limits: Limits, elsewhere: Elsewhere = Elsewhere()) -> ChatCall:
@@ -259,7 +260,7 @@ def _to_call(request: ChatRequest, limits: Limits, elsewhere: Elsewhere) -> Chat
         clips=tuple(clips),
         sampling=request.sampling(limits),
         stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        stream_options=request.stream_options or StreamOptions(),
     )
 
 

@@ -1,7 +1,7 @@
 """How OpenAI's API says what an answer shall be like: lengths, sampling, penalties, formats.
 
-In: the fields of a request. Out: `SamplingParams`. `top_k`, `min_p`, `repetition_penalty` and `min_tokens` are vLLM's
-extensions of that API, which clients send as extra fields. Does not know messages or HTTP.
+In: the fields of a request. Out: `SamplingParams`. `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and
+`ignore_eos` are vLLM's extensions of that API, which clients send as extra fields. Does not know messages or HTTP.
 """
 
 import json
@@ -59,6 +59,7 @@ class SamplingFields(Body):
     max_tokens: int | None = Field(default=None, gt=0, lt=2**31)
     max_completion_tokens: int | None = Field(default=None, gt=0, lt=2**31)
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    ignore_eos: bool | None = None
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, lt=2**31)
@@ -91,7 +92,7 @@ class SamplingFields(Body):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
             max_tokens=max_tokens,
-            min_tokens=self.min_tokens or 0,
+            min_tokens=max_tokens if self.ignore_eos else self.min_tokens or 0,
             # The smallest nucleus holds the likeliest token alone, and so does a temperature too low to divide by.
             temperature=0.0 if top_p == 0 or temperature < 1e-4 else temperature,
             top_p=top_p or 1.0,

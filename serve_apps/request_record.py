@@ -21,7 +21,7 @@ from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.tracing import Trace, start_tracing
 
 _log = logging.getLogger("ray.serve")
-_OURS = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
+_OURS = frozenset({"/health", "/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 

@@ -77,6 +77,8 @@ def test_all_that_says_how_tokens_are_chosen_reaches_the_engine() -> None:
     plain = parse(logprobs=False, n=None, top_k=-1).sampling
     assert (plain.logprobs, plain.n, plain.top_k, plain.json_schema) == (None, 1, 0, None)
     assert parse(logprobs=True).sampling.logprobs == 0
+    assert parse(ignore_eos=True, max_tokens=7).sampling.min_tokens == 7
+    assert parse(ignore_eos=False, max_tokens=7, min_tokens=2).sampling.min_tokens == 2
 
 
 def test_formats_become_schemas() -> None:

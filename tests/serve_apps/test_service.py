@@ -97,6 +97,17 @@ def test_a_stream_counts_nothing_that_was_not_asked_for(service: Service) -> Non
     assert all(chunk.usage is None for chunk in chunks)
 
 
+def test_load_generators_are_served_as_vllm_serves_them(service: Service) -> None:
+    # guidellm and `vllm bench serve` look here first, and ask for answers of a length, counted as they come
+    assert httpx.get(f"{service.base_url}/health").json() == {"status": "ok"}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = service.body("Hello", stream=True, stream_options=options, max_completion_tokens=20)
+    *said, closing = list(service.client().chat.completions.create(**body, extra_body={"ignore_eos": True}))
+    counts = [chunk.usage.completion_tokens for chunk in said[1:]]
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < counts[-1] == closing.usage.completion_tokens == 20
+
+
 def test_readiness_is_a_real_answer_of_each_part(service: Service) -> None:
     reply = httpx.get(f"{service.base_url}/readyz", timeout=60)
     assert reply.status_code == 200
