@@ -29,7 +29,7 @@ from serve_apps.http_body import error_response
 from serve_apps.openai_replies import Failure
 from serve_apps.passage import GuardedBody, Passage
 from serve_apps.rate_limit import RateLimiter
-from serve_apps.ray_process import has_ray
+from serve_apps.ray_process import is_connected
 from serve_apps.request_record import record_in
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _served_on() -> str | None:
 
     Serve alone has proxies; an app that runs by itself is as its config says, which was checked with the config.
     """
-    if not has_ray():
+    if not is_connected():
         return None
     from ray.serve.context import _get_global_client
 

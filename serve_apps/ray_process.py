@@ -12,6 +12,11 @@ def has_ray() -> bool:
     return "ray" in sys.modules
 
 
+def is_connected() -> bool:
+    """Whether this process belongs to a Ray cluster; where it does not, Ray starts one to look whether Serve is there."""
+    return has_ray() and bool(sys.modules["ray"].is_initialized())
+
+
 def unwrapped(error: BaseException) -> BaseException:
     """What a deployment raised, as it raised it."""
     if has_ray():
