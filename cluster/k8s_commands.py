@@ -86,7 +86,7 @@ def diff(
     registry: Registry = None,
     tag: Tag = None,
 ) -> None:
-    """Show what TARGET would change: on the cluster that kubectl speaks to, or against OTHER. Exit code 1: something."""
+    """Show what TARGET would change: on the cluster that kubectl speaks to, or against OTHER. Exit code 1 if so."""
     from cluster.k8s.comparison import difference
     from cluster.k8s.manifests import read_manifests
     from cluster.k8s.render import render as rendered

@@ -104,13 +104,6 @@ def _offered(group: dict[str, Any], role: Role, name: str) -> Iterator[str]:
         yield f"custom resources are {custom or 'none'} and should be {wanted}: replicas ask for them by this name"
     if (role.resource or name == "head") and offered.get("CPU") != "0":
         yield f"offers CPU {offered.get('CPU')} to Ray and should offer 0: other actors would come to lie on {name}"
-    if (
-        not role.may_be_none
-        and name not in ("head", "train")
-        and group.get("minReplicas") == 0
-        and group.get("replicas")
-    ):
-        yield f"minReplicas is 0, and there must always be a pod of {name}"
 
 
 def read_serve_config(manifest: Manifest) -> tuple[ServeArgs, ServeConfig, dict[str, Any]]:
@@ -170,7 +163,7 @@ def _fits(config: DeploymentConfig, name: str, pod: PodTemplate) -> Iterator[str
     counts = [offered.get(key, 0) / amount for key, amount in asked.items() if amount > 0]
     held = int(min(counts)) if counts else 0
     if held < 1:
-        yield f"a replica of {name} asks for {_nonzero(asked)} and a pod of {name} offers {_nonzero(offered)}: none fits"
+        yield f"a replica of {name} asks for {_nonzero(asked)} and a pod of it offers {_nonzero(offered)}: none fits"
         return
     least = config.autoscaling.min_replicas if config.autoscaling else config.max_replicas
     if group["maxReplicas"] * held < config.max_replicas:

@@ -91,7 +91,7 @@ def _group(pod: PodTemplate) -> Iterator[str]:
     if "labels" in params:
         yield "rayStartParams.labels is refused: use the group's labels"
     if (text := params.get("resources")) is not None and not _is_quoted_json(text):
-        yield f'rayStartParams.resources is {text}: quote it as \'"{{\\"vision\\": 1}}"\', or use the group\'s resources'
+        yield f'rayStartParams.resources {text}: quote it as \'"{{\\"vision\\": 1}}"\', or use the group\'s resources'
     if pod.cluster.get("enableInTreeAutoscaling"):
         if pod.spec.get("restartPolicy") not in (None, "Never"):
             yield f"restartPolicy {pod.spec['restartPolicy']}: autoscaler v2 wants Never, or none"

@@ -6,7 +6,8 @@ Prometheus' operator, Kueue) have no schema here.
 """
 
 import copy
-from functools import cache
+import json
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,26 @@ def core_findings(manifests: list[Manifest]) -> list[Finding]:
         EnvironmentLack: kubernetes-validate is not installed.
     """
     try:
-        import kubernetes_validate
-        from kubernetes_validate.utils import SchemaNotFoundError
+        import kubernetes_validate  # noqa: F401
     except ImportError:
         raise EnvironmentLack("kubernetes-validate is not installed: pip install 'mmllm[k8s]'") from None
-    found = []
-    for manifest in manifests:
-        try:
-            kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
-        except SchemaNotFoundError as error:
-            if _is_core(manifest["apiVersion"]):
-                found.append(Finding(title(manifest), error.message))
-        except kubernetes_validate.ValidationError as error:
-            found.append(Finding(f"{title(manifest)} {_path(error.path)}".strip(), error.message))
-    return found
+    return [finding for manifest in manifests if (finding := _core_finding(json.dumps(manifest, sort_keys=True)))]
+
+
+@lru_cache(maxsize=4096)
+def _core_finding(text: str) -> Finding | None:
+    """Of one object as JSON: many renderings hold the same ones."""
+    import kubernetes_validate
+    from kubernetes_validate.utils import SchemaNotFoundError
+
+    manifest: Manifest = json.loads(text)
+    try:
+        kubernetes_validate.validate(manifest, KUBERNETES_VERSION, strict=True)
+    except SchemaNotFoundError as error:
+        return Finding(title(manifest), error.message) if _is_core(manifest["apiVersion"]) else None
+    except kubernetes_validate.ValidationError as error:
+        return Finding(f"{title(manifest)} {_path(error.path)}".strip(), error.message)
+    return None
 
 
 def _is_core(api_version: str) -> bool:
