@@ -204,6 +204,6 @@ def _pieces(client: "JobSubmissionClient", job_id: str) -> Iterator[str]:
         tail = client.tail_job_logs(job_id)
         while True:
             try:
-                yield runner.run(anext(tail))  # type: ignore[arg-type]
+                yield runner.run(anext(tail))
             except StopAsyncIteration:
                 return
