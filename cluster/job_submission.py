@@ -148,19 +148,23 @@ def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], ob
         EnvironmentLack: the cluster is gone.
         MmllmError: it knows no such job.
     """
+    import aiohttp
+
     written, lost = 0, 0
     while True:
         seen = 0
         try:
+            details_of(client, job_id)
             for piece in _pieces(client, job_id):
                 if seen + len(piece) > written:
                     write(piece[max(0, written - seen) :])
-                    written, lost = seen + len(piece), 0
+                    written = seen + len(piece)
                 seen += len(piece)
             details = details_of(client, job_id)
             if details.status.is_terminal():
                 return details
-        except (OSError, RuntimeError) as error:
+            lost = 0
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
             lost += 1
             if lost > _LOST_AFTER:
                 raise EnvironmentLack(

@@ -106,7 +106,7 @@ def test_training_is_sent_with_its_folder_and_runs_on_both_nodes(client: JobSubm
     assert bundle.info.name == "sent"
     assert str(bundle.folder) in sent.stdout
     packed = client.get_job_info("train-sent").runtime_env["working_dir"]
-    (unpacked,) = Path("/tmp").glob(f"ray/session_*/runtime_resources/working_dir_files/{Path(packed).stem}")
+    (unpacked,) = Path("/tmp").glob(f"ray/session_2*/runtime_resources/working_dir_files/{Path(packed).stem}")
     files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     assert files >= {"recipes/sent.yaml", ".gitignore"}
     assert not [name for name in files if name.startswith((".env", "server", "weights", ".git/"))]
@@ -146,7 +146,10 @@ def test_a_job_is_listed_and_stopped(client: JobSubmissionClient) -> None:
         assert row[1] == "running"
         assert command("submit", "stop", "sleeps").returncode == 0
         assert watching.wait(timeout=60) == 143
-    assert command("submit", "stop", "no-such-job").returncode == 1
+    for verb in ("stop", "logs"):
+        unknown = command("submit", verb, "no-such-job")
+        assert unknown.returncode == 1
+        assert "'no-such-job' is unknown" in unknown.stderr
 
 
 def test_mistakes_are_told_before_anything_is_sent(client: JobSubmissionClient, folder: Path, tmp_path: Path) -> None:
