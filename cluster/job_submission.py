@@ -178,7 +178,7 @@ def details_of(client: "JobSubmissionClient", job_id: str) -> "JobDetails":
     """What the cluster knows of a job.
 
     Raises:
-        MmllmError: nothing.
+        MmllmError: the cluster knows no such job.
     """
     try:
         return client.get_job_info(job_id)
