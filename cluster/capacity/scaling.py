@@ -81,8 +81,16 @@ class Scaler:
         self._seen: deque[tuple[float, float, float, float, float]] = deque()  # (time, seconds, work, requests, kv)
         self._sums = [0.0, 0.0, 0.0, 0.0]
         self._remembered: float | None = None
-        self._report: Report | None = None
+        self._told: list[float] | None = None  # means of work, requests and memory, as last reported
         self._reported_at = float("-inf")
+        self._hurried = False
+
+    def hurry(self, on: bool) -> None:
+        """Start at once and let go soon, as before a trace begins; or as it will be."""
+        if self.scaling is not None:
+            up, down = self.scaling.upscale_delay_s, self.scaling.downscale_delay_s
+            self._delays = Delays(0.0, min(down, self.scaling.look_back_s)) if on else Delays(up, down)
+        self._hurried = on
 
     @property
     def next_start(self) -> float | None:
@@ -99,15 +107,12 @@ class Scaler:
         if self.scaling is None:
             return self.wanted
         self._note(now, step_s, held)
-        if now - self._reported_at >= self.scaling.metrics_interval_s or self._report is None:
-            seconds, work, requests, kv_use = self._sums
-            running = max(1, self.running)
-            self._report = Report(
-                work / seconds / running, requests / seconds / running, 0.0, per_request, kv_use / seconds
-            )
-            self._reported_at = now
-        report = self._report
-        reports = (Report(report.work, report.requests, 0.0, per_request, report.kv_use, self.running),)
+        if now - self._reported_at >= self.scaling.metrics_interval_s or self._told is None:
+            seconds, *sums = self._sums
+            self._told, self._reported_at = [total / seconds for total in sums], now
+        work, requests, kv_use = self._told
+        n = max(1, self.running)
+        reports = (Report(work / n, requests / n, 0.0, per_request, kv_use, self.running),)
         decision = decide(
             Observed(
                 self.running,
@@ -131,7 +136,7 @@ class Scaler:
         if self._delays is not None:
             wanted = self._delays.apply(desired, self.wanted, self.running, now)
             if wanted > self.wanted:
-                self.starting.append((now + self.start_s, wanted - self.wanted))
+                self.starting.append((now + (0.0 if self._hurried else self.start_s), wanted - self.wanted))
             self._end(self.wanted - wanted)
             self.wanted = wanted
         while self.starting and self.starting[0][0] <= now:
