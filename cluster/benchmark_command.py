@@ -16,7 +16,9 @@ def benchmark(
         list[str],
         typer.Argument(metavar="TASK...", help="vqav2, gqa, textvqa, pope, mmbench, or a task of lmms-eval's own."),
     ],
-    url: Annotated[str, typer.Option(help="Where the assistant is served.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option("--base-url", "--url", help="Where the assistant is served.")
+    ] = "http://127.0.0.1:8000",
     limit: Annotated[int | None, typer.Option(help="Ask only the first so many of each task.", min=1)] = None,
     concurrent: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 8,
     lmms_eval: Annotated[

@@ -10,14 +10,16 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.benchmark_command import benchmark
+from cluster.chat_command import chat
 from cluster.data_commands import data
 from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
-from cluster.keys_commands import ApiKeyOption, keys_app, keys_file
+from cluster.keys_commands import keys_app, keys_file
 from cluster.local import Verbose, quieten
 from cluster.plan_command import plan
 from cluster.report_command import report
+from cluster.space_command import space_app
 from cluster.spoken_command import evaluate_spoken
 from cluster.top_command import top
 from cluster.train_command import train
@@ -30,6 +32,7 @@ app = typer.Typer(help="CLIP sees, Whisper hears, a Phi model answers.", no_args
 app.add_typer(data, name="data")
 app.add_typer(importing, name="import")
 app.command()(benchmark)
+app.command()(chat)
 app.command()(evaluate)
 app.command()(evaluate_spoken)
 app.command()(export)
@@ -39,6 +42,7 @@ app.command()(top)
 app.command()(train)
 app.add_typer(features_app, name="features")
 app.add_typer(keys_app, name="keys")
+app.add_typer(space_app, name="space")
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]
@@ -126,41 +130,6 @@ def reload(
     with running_ray(verbose=verbose), console.status(f"loading '{opened.info.name}' beside what is served"):
         name = reload_bundle(opened, model)
     console.print(f"model {name} answers by bundle '{opened.info.name}'")
-
-
-@app.command()
-def chat(
-    question: Annotated[str | None, typer.Argument(help="Ask once; without it, talk until Ctrl-D.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to send along.")] = None,
-    audio: Annotated[Path | None, typer.Option(help="A recording to send along.")] = None,
-    url: Annotated[str, typer.Option(help="Where the assistant is served.")] = "http://127.0.0.1:8000",
-    api_key: ApiKeyOption = "local",
-) -> None:
-    """Talk to a running assistant in the terminal."""
-    from cluster.ask import Asker, user_message
-
-    asker = Asker(url, api_key)
-    history = []
-    once = bool(question or image or audio)
-    while True:
-        try:
-            text = question if once else console.input("[bold blue]you[/bold blue] ")
-        except EOFError:
-            return
-        if not once and not (text or "").strip():
-            continue
-        history.append(user_message(text, image, audio))
-        answer = ""
-        for piece in asker.stream(history):
-            for heard in piece.transcripts:
-                console.print(f'(heard: "{heard}")', markup=False, highlight=False)
-            console.print(piece.text, end="", markup=False, highlight=False)
-            answer += piece.text
-        console.print()
-        if once:
-            return
-        history.append({"role": "assistant", "content": answer or "..."})
-        image = audio = None
 
 
 @app.command()

@@ -109,14 +109,14 @@ def _ask(url: str) -> None:
     asker = Asker(url)
     console.print(f"  {url}/v1/chat/completions, model '{asker.model}'")
     text = "What is the capital of France?"
-    answer = asker.ask([user_message(text)])
+    answer = asker.ask([user_message(text)], max_tokens=64)
     console.print(f"  [bold]text  [/bold] {text} -> [green]{answer.text}[/green]")
     question = _picture_question()
-    answer = asker.ask([user_message(question.question, image=question.image)])
+    answer = asker.ask([user_message(question.question, image=question.image)], max_tokens=64)
     shown = f"{question.question} ({question.image.name}, in truth {question.answer})"
     console.print(f"  [bold]image [/bold] {shown} -> [green]{answer.text}[/green]")
     text = "Is this good advice?"
-    answer = asker.ask([user_message(text, audio=spoken_clip())])
+    answer = asker.ask([user_message(text, audio=spoken_clip())], max_tokens=64)
     console.print(f'  [bold]speech[/bold] "{" ".join(answer.transcripts)}" {text} -> [green]{answer.text}[/green]')
 
 

@@ -49,7 +49,7 @@ def local_config(name: str, port: int | None = None, overrides: dict[str, Any] |
     Raises:
         ConfigError: unknown name, unknown key, or settings that cannot work together.
     """
-    from serve_apps.builder import load_serve_config
+    from serve_apps.config_files import load_serve_config
 
     config = load_serve_config(name, (overrides or {}) | ({"http.port": port} if port else {}))
     if config.clip.feature_store is not None:

@@ -28,6 +28,7 @@ from serve_apps.http_body import error_response
 from serve_apps.openai_replies import Failure
 from serve_apps.passage import GuardedBody, Passage
 from serve_apps.rate_limit import RateLimiter
+from serve_apps.ray_process import has_ray
 from serve_apps.request_record import record_in
 
 if TYPE_CHECKING:
@@ -183,7 +184,12 @@ class Refusal(Exception):
 
 
 def _served_on() -> str | None:
-    """The host that Serve's proxies listen on, whatever our config says: a Serve config file has its own."""
+    """The host that Serve's proxies listen on, whatever our config says: a Serve config file has its own.
+
+    Serve alone has proxies; an app that runs by itself is as its config says, which was checked with the config.
+    """
+    if not has_ray():
+        return None
     from ray.serve.context import _get_global_client
 
     client = _get_global_client(raise_if_no_controller_running=False)

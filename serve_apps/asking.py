@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ray.exceptions import RayActorError
+from serve_apps.ray_process import replica_died
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentResponse
@@ -22,13 +22,14 @@ async def again(work: Callable[[], Awaitable[T]]) -> T:
     """What `work` gives; where a replica dies, all of it is done anew.
 
     Raises:
-        RayActorError: every replica that was asked died.
+        Exception: what `work` raised; where every replica that was asked died, that.
     """
     for _ in range(ATTEMPTS - 1):
         try:
             return await work()
-        except RayActorError:
-            continue
+        except Exception as error:
+            if not replica_died(error):
+                raise
     return await work()
 
 

@@ -79,7 +79,10 @@ class Assistant:
         self._started = int(time.time())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        # Serve calls this inside the replica: neither the app nor the chat page has to survive pickling.
+        return self.app()  # Serve calls this inside the replica: neither app nor chat page has to survive pickling
+
+    def app(self) -> FastAPI:
+        """All that answers HTTP: the routes behind the door, and the chat page where the config wants it."""
         app = build_http_app(self)
         app.add_middleware(Admission, config=self.config)
         guard(app, self.config)

@@ -16,12 +16,13 @@ from ray.serve.schema import LoggingConfig
 
 import mmllm_core
 from mmllm_core.bundle import Bundle
-from mmllm_core.config import StrictModel, load_config
+from mmllm_core.config import StrictModel
 from mmllm_core.errors import ConfigError
 from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
+from serve_apps.config_files import load_serve_config
 from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 APP_NAME = "mmllm"
 INGRESS, CLIP, WHISPER, PHI = "Assistant", "ClipEncoder", "Transcriber", "PhiGenerator"
-_FOLDER = Path(__file__).parent / "configs"
 
 
 class ServeArgs(StrictModel):
@@ -80,9 +80,7 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
     phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi, config.observability)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    hears = hashlib.sha256(config.whisper.audio(opened.profile.audio).model_dump_json().encode()).hexdigest()[:16]
-    fingerprints = Fingerprints(opened.info.feature_fingerprint, hears)
-    return ingress.bind(clip, whisper, phi, list(bundles), config, fingerprints)
+    return ingress.bind(clip, whisper, phi, list(bundles), config, Fingerprints.of(opened, config.whisper))
 
 
 def _adapters(config: PhiConfig, base: Base, name: str) -> dict[str, ServedBundle]:
@@ -115,28 +113,6 @@ def version_of(config: ServeConfig, base: Base, models: list[str]) -> str:
 def app(args: ServeArgs) -> "Application":
     """`build` for a Serve config file: `import_path: serve_apps.builder:app`, `args: {config: ..., bundle: ...}`."""
     return build(load_serve_config(args.config), args.bundle)
-
-
-def serve_config_names() -> list[str]:
-    """Names of the configs that ship with mmllm."""
-    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
-
-
-def load_serve_config(name_or_path: str, overrides: dict[str, Any] | None = None) -> ServeConfig:
-    """Load a config by name, or from a YAML file when a path is given.
-
-    Args:
-        overrides: dotted keys and their values, such as `{"http.port": 8001}`.
-
-    Raises:
-        ConfigError: unknown name, unknown key, or settings that cannot work together.
-    """
-    if name_or_path.endswith((".yaml", ".yml")):
-        return load_config(ServeConfig, Path(name_or_path), overrides)
-    if name_or_path not in serve_config_names():
-        known = ", ".join(serve_config_names())
-        raise ConfigError(f"serve config '{name_or_path}' is unknown: choose one of {known} or give a YAML file")
-    return load_config(ServeConfig, _FOLDER / f"{name_or_path}.yaml", overrides)
 
 
 def logging_config(config: ObservabilityConfig) -> LoggingConfig:

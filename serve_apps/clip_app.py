@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from ray import serve
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import BadInput
 from serve_apps.all_or_none import all_or_none
+from serve_apps.batching import Batcher
 from serve_apps.config import ClipConfig
 from serve_apps.embeddings import Embeddings, TypedText
 from serve_apps.feature_cache import FeatureCache, Features, StoreReader
@@ -61,9 +61,10 @@ class ClipDeployment:
         self._work = WorkInFlight("vision", "images")
         self._tracer = start_tracing(observability, "vision")
         self._seen, self._batches = counter("mmllm_images"), histogram("mmllm_clip_batch_images")
-        for batched in (self._encode_batch, self._embed_images, self._embed_texts):
-            batched.set_max_batch_size(config.max_batch_size)
-            batched.set_batch_wait_timeout_s(config.batch_wait_s)
+        batches = config.max_batch_size, config.batch_wait_s
+        self._encoding: Batcher[torch.Tensor, Features] = Batcher(self._encode_batch, *batches)
+        self._embedding_images: Batcher[torch.Tensor, NDArray] = Batcher(self._embed_images, *batches)
+        self._embedding_texts: Batcher[list[int], NDArray] = Batcher(self._embed_texts, *batches)
 
     async def encode(self, images: Sequence[Upload]) -> Features:
         """Features of one request's images, in their order.
@@ -124,35 +125,32 @@ class ClipDeployment:
             tier, found = "store", await self._stored.get(image.key)
         tiers.append(tier if found is not None else "computed")
         if found is None:
-            found = await self._encode_batch(await self._reader.pixels(upload, image))
+            found = await self._encoding(await self._reader.pixels(upload, image))
         self._cache.put(image.key, found)
         return found
 
     async def _embed(self, given: Upload | TypedText, tower: "ClipTextEncoder | None") -> tuple[NDArray, int]:
         if isinstance(given, Upload):
             image = await self._reader.decode(given)
-            return await self._embed_images(await self._reader.pixels(given, image)), self._encoder.tower.n_tokens
+            return await self._embedding_images(await self._reader.pixels(given, image)), self._encoder.tower.n_tokens
         if tower is None:
             raise BadInput("this assistant's CLIP has no text tower: embed images alone", given.param)
         tokens = await asyncio.to_thread(tower.tokens, given.text, given.param)
-        return await self._embed_texts(tokens), len(tokens)
+        return await self._embedding_texts(tokens), len(tokens)
 
     async def _texts(self) -> "ClipTextEncoder | None":
         if self._text_tower is None or (self._text_tower.done() and self._text_tower.exception()):
             self._text_tower = asyncio.create_task(asyncio.to_thread(self._bundle.load_text_tower, self._device))
         return await asyncio.shield(self._text_tower)
 
-    @serve.batch
     async def _encode_batch(self, pixels: "list[torch.Tensor]") -> list[Features]:
         self._batches.observe(len(pixels))
         features = await asyncio.to_thread(self._encoder.encode_pixels, _stacked(pixels))  # (b, n_patches, d_vision)
         return [row.copy() for row in features]  # a view would keep its whole batch in memory
 
-    @serve.batch
     async def _embed_images(self, pixels: "list[torch.Tensor]") -> list[NDArray]:
         return list(await asyncio.to_thread(self._encoder.embed_pixels, _stacked(pixels)))  # (b, d_embedding)
 
-    @serve.batch
     async def _embed_texts(self, tokens: list[list[int]]) -> list[NDArray]:
         tower = await self._texts()
         assert tower is not None

@@ -187,7 +187,10 @@ class PhiConfig(ModelDeploymentConfig):
     step_tokens: int = Field(default=256, gt=0)
     """Positions that are computed at a time: more answer long prompts sooner, fewer keep other answers flowing."""
     stream_interval_s: float = Field(default=0.05, ge=0)
-    """Text that comes within it travels together; the first piece never waits."""
+    """Text that comes within it travels together; the first piece never waits. It holds while up to four answers are
+    computed at a time and grows in proportion with more, so that streams do not take the CPU from who computes them."""
+    stream_interval_most_s: float = Field(default=0.25, ge=0)
+    """What `stream_interval_s` may grow to."""
     routing: Literal["prefix", "requests"] = "prefix"
     """Which replica is asked: the one that has computed most of what the conversation begins with, or the less busy of
     two."""

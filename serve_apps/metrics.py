@@ -1,9 +1,10 @@
 """Every metric of the service, by name: what it counts, its labels and its buckets.
 
 In: a name. Out: a Ray metric, which every node exports at its own port (as `ray_mmllm_...`, counters with `_total`) and
-`serve_apps.metrics_page` gathers for `/metrics`. Does not know who counts what. The autoscaler, which runs where
-mmllm is not installed, has metrics of its own: `serve_apps.autoscaling`. Of histograms Ray keeps the buckets alone and
-makes their sums of the buckets' middles, so means are taken from counters.
+`serve_apps.metrics_page` gathers for `/metrics`; in a process without Ray, a metric that keeps nothing. Does not know
+who counts what. The autoscaler, which runs where mmllm is not installed, has metrics of its own:
+`serve_apps.autoscaling`. Of histograms Ray keeps the buckets alone and makes their sums of the buckets' middles, so
+means are taken from counters.
 """
 
 import threading
@@ -11,9 +12,12 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ray.serve.metrics import Counter, Gauge, Histogram
+from serve_apps.ray_process import has_ray
+
+if TYPE_CHECKING:
+    from ray.serve.metrics import Counter, Gauge, Histogram
 
 _REFRESH_S = 1.0
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -68,24 +72,49 @@ METRICS: dict[str, MetricSpec] = {
 }
 
 
-def counter(name: str) -> Counter:
+def counter(name: str) -> "Counter | Unkept":
     """A counter of `METRICS`."""
+    if not has_ray():
+        return Unkept()
+    from ray.serve.metrics import Counter
+
     spec = METRICS[name]
     return Counter(name, spec.description, spec.labels)
 
 
-def gauge(name: str, **labels: str) -> "KeptGauge":
+def gauge(name: str, **labels: str) -> "KeptGauge | Unkept":
     """A gauge of `METRICS`, all of whose labels are given."""
+    if not has_ray():
+        return Unkept()
+    from ray.serve.metrics import Gauge
+
     spec = METRICS[name]
     ray_gauge = Gauge(name, spec.description, spec.labels)
     ray_gauge.set_default_tags(labels)
     return KeptGauge(ray_gauge)
 
 
-def histogram(name: str) -> Histogram:
+def histogram(name: str) -> "Histogram | Unkept":
     """A histogram of `METRICS`."""
+    if not has_ray():
+        return Unkept()
+    from ray.serve.metrics import Histogram
+
     spec = METRICS[name]
     return Histogram(name, spec.description, list(spec.buckets), spec.labels)
+
+
+class Unkept:
+    """A metric in a process without Ray, where nobody would gather it."""
+
+    def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+        """Count nothing."""
+
+    def set(self, value: float) -> None:
+        """Show nothing."""
+
+    def observe(self, value: float, tags: dict[str, str] | None = None) -> None:
+        """Observe nothing."""
 
 
 class KeptGauge:
@@ -94,7 +123,7 @@ class KeptGauge:
     So what a replica showed is gone soon after it.
     """
 
-    def __init__(self, ray_gauge: Gauge):
+    def __init__(self, ray_gauge: "Gauge"):
         self._gauge = ray_gauge
         self._value: float | None = None
         with _refreshing:

@@ -3,19 +3,21 @@
 In: the metrics port of each node, where Ray gathers what replicas count. Out: the exposition text of `ray_mmllm_*` and
 of the few metrics of Serve's own that tell of queues. What a replica counted is there after Ray's report
 interval, ten seconds by default. Where Prometheus scrapes the nodes itself, this page is not needed: names and labels
-are the same. Does not know what the metrics mean.
+are the same. Without Ray the page is empty. Does not know what the metrics mean.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import httpx
-import ray
 from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.parser import text_string_to_metric_families
+
+from serve_apps.ray_process import has_ray
 
 _log = logging.getLogger("ray.serve")
 
@@ -46,7 +48,7 @@ class MetricsPage:
         return await asyncio.shield(self._asking)
 
     async def _gather(self) -> str:
-        nodes = await asyncio.to_thread(ray.nodes)
+        nodes = await asyncio.to_thread(_nodes)
         urls = [
             f"http://{_bracketed(node['NodeManagerAddress'])}:{node['MetricsExportPort']}/metrics"
             for node in nodes
@@ -56,6 +58,15 @@ class MetricsPage:
             pages = await asyncio.gather(*(_page(client, url) for url in urls))
         self._asked_at = time.monotonic()
         return await asyncio.to_thread(merged, pages)
+
+
+def _nodes() -> list[dict[str, Any]]:
+    if not has_ray():
+        return []
+    import ray
+
+    nodes: list[dict[str, Any]] = ray.nodes()
+    return nodes
 
 
 async def _page(client: httpx.AsyncClient, url: str) -> str:

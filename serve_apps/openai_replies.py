@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.requests import ClientDisconnect
 
 from mmllm_core.engine.protocol import EngineChunk, TokenLogprob
 from mmllm_core.errors import BadInput, DeadlineError
+from serve_apps.ray_process import has_no_room, is_away, unwrapped
 
 _log = logging.getLogger("ray.serve")
 
@@ -185,17 +184,16 @@ def to_failure(error: BaseException, request_id: str) -> Failure:
     Args:
         request_id: named in the log.
     """
-    while isinstance(error, RayTaskError):
-        error = error.cause
+    error = unwrapped(error)
     if isinstance(error, BadInput):
         return Failure(getattr(error, "status", 400), error.message, error.code, error.param)
     if isinstance(error, ClientDisconnect):
         return Failure(499, "the request broke off", "client_closed_request")
-    if isinstance(error, BackPressureError | Overloaded):
+    if isinstance(error, Overloaded) or has_no_room(error):
         return OVERLOADED
     if isinstance(error, TimeoutError | DeadlineError):
         return Failure(504, "the answer took longer than a request may take: ask for less", "timeout")
-    if isinstance(error, RayActorError | DeploymentUnavailableError | ReplicaUnavailableError):
+    if is_away(error):
         _log.warning("request %s: %s", request_id, error)
         return Failure(503, "a part of the assistant is restarting: try again in a moment", "unavailable")
     _log.error("request %s failed", request_id, exc_info=error)

@@ -6,6 +6,7 @@ find its features here, by the hash of its bytes. Does not know HTTP or the LM.
 """
 
 import asyncio
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ from serve_apps.upload import Upload
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+    from mmllm_core.bundle import Bundle
+    from serve_apps.config import WhisperConfig
+
 
 @dataclass(frozen=True)
 class Fingerprints:
@@ -34,6 +38,12 @@ class Fingerprints:
 
     vision: str
     audio: str
+
+    @classmethod
+    def of(cls, bundle: "Bundle", config: "WhisperConfig") -> "Fingerprints":
+        """Of a bundle's CLIP, and of its Whisper as a config runs it."""
+        audio = config.audio(bundle.profile.audio).model_dump_json()
+        return cls(bundle.info.feature_fingerprint, hashlib.sha256(audio.encode()).hexdigest()[:16])
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ HTTP, image files or sound.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from hashlib import blake2b
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ray.serve import get_multiplexed_model_id
 
 from mmllm_core.config import parse_config
 from mmllm_core.conversation import IMAGE_TOKEN_ID, render
@@ -56,7 +55,7 @@ class PhiDeployment:
         self._device = config.device
         self._work, self._kv_use = WorkInFlight("text", "tokens"), gauge("mmllm_kv_use")
         self._tracer = start_tracing(observability, "text")
-        self._stream_interval_s = config.stream_interval_s
+        self._stream_intervals_s = config.stream_interval_s, config.stream_interval_most_s
         self._context_length = opened.profile.language.context_length
         self._tokenizer = opened.tokenizer
         self._voices = Voices(opened, bundles, config)
@@ -90,7 +89,7 @@ class PhiDeployment:
         with (
             self._work.request() as work,
             Trace(self._tracer, prompt.traceparent).span("generate") as (span, _),
-            (await self._voices.of(get_multiplexed_model_id())).used() as voice,
+            (await self._voices.of(prompt.model)).used() as voice,
         ):
             request = replace(await asyncio.to_thread(self._request, prompt, voice), deadline=deadline)
             work.amount = request.prompt_tokens
@@ -122,6 +121,10 @@ class PhiDeployment:
         """How busy the engine is now."""
         return self._voices.load()
 
+    def shutdown(self) -> None:
+        """End the engines, and what they still answer."""
+        self._voices.shutdown()
+
     def check_health(self) -> None:
         """Ask the engine; Serve replaces a replica whose engine is down.
 
@@ -129,6 +132,11 @@ class PhiDeployment:
             EngineError: the engine cannot serve any more.
         """
         self._voices.health()
+
+    def _stream_interval_s(self) -> float:
+        """How long text waits for more of it, by how many answers are computed now."""
+        least, most = self._stream_intervals_s
+        return max(least, min(most, least * self._voices.load().running / 4))
 
     @torch.inference_mode()
     def _request(self, prompt: Prompt, voice: Voice) -> EngineRequest:
@@ -170,7 +178,9 @@ def content_of(input_ids: Sequence[int], features: NDArray[np.float16] | None, n
     return tuple(next(of_images) if token == IMAGE_TOKEN_ID else token for token in input_ids)
 
 
-async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> AsyncGenerator[EngineChunk, None]:
+async def coalesce(
+    chunks: AsyncIterator[EngineChunk], interval_s: Callable[[], float]
+) -> AsyncGenerator[EngineChunk, None]:
     """Send the first chunk alone and at once, and then whatever came within `interval_s` as one.
 
     Every item that crosses processes costs about as much as a token of a small model takes; a reader does not
@@ -192,7 +202,7 @@ async def coalesce(chunks: AsyncIterator[EngineChunk], interval_s: float) -> Asy
             if held and loop.time() >= due:
                 for merged in _merged(held):
                     yield merged
-                held, due = [], loop.time() + interval_s
+                held, due = [], loop.time() + interval_s()
         for merged in _merged(held):
             yield merged
         coming.result()  # raises what ended the stream, after what had come before it

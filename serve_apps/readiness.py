@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
-from ray.serve.exceptions import BackPressureError
 
 from mmllm_core.conversation import Message, TextPart
 from mmllm_core.engine.protocol import SamplingParams
 from serve_apps.asking import ask
 from serve_apps.config import DeploymentConfig, ServeConfig
 from serve_apps.prompt import Prompt
+from serve_apps.ray_process import has_no_room
 from serve_apps.upload import Upload
 
 if TYPE_CHECKING:
@@ -67,10 +67,9 @@ class Readiness:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await answer()
-        except BackPressureError:
-            return "ready"  # it turns requests away since it has many, not since it cannot answer
-        except Exception:
-            return "not ready"
+        except Exception as error:
+            # It may turn requests away since it has many, not since it cannot answer.
+            return "ready" if has_no_room(error) else "not ready"
         return "ready"
 
     async def _see(self) -> None:

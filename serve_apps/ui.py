@@ -28,6 +28,7 @@ from serve_apps.credentials import presented_key
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".opus", ".webm", ".aac")
 MAX_FILE_BYTES = 16 * 2**20  # 22.4 MB as base64: one such file fits into a request
+QUEUE_LOOKS_S = 0.03  # how long a question waits at most until it is taken
 HEARD, NOTICE = "heard", "notice"  # metadata ids of what the page adds to an answer; never sent back to the model
 
 FONTS, MONO = ["system-ui", "Segoe UI", "sans-serif"], ["ui-monospace", "Menlo", "monospace"]
@@ -106,6 +107,8 @@ def build_chat_page(base_url: str, model: str, api_key: str = "not-needed") -> g
     )
     # Gradio skips its check that a visitor's file was uploaded here until `launch`, which a mounted page never reaches.
     page.has_launched = True
+    # It looks for questions a thousand times a second, which took the ingress a third of its interpreter's time.
+    page._queue.sleep_when_free = page._queue.progress_update_sleep_when_free = QUEUE_LOOKS_S
     return page
 
 

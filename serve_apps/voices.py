@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 import torch
-from ray.serve import multiplexed
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.engine.lora import LoraAdapter
@@ -108,7 +107,10 @@ class Voices:
             self._held[model] = held
             return held
 
-        self._load = multiplexed(max_num_models_per_replica=config.adapters_in_memory)(load)
+        if config.adapters:
+            from ray.serve import multiplexed
+
+            self._load = multiplexed(max_num_models_per_replica=config.adapters_in_memory)(load)
 
     @property
     def bundles(self) -> dict[str, ServedBundle]:

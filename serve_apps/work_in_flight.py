@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ray.serve.context import _get_serve_request_context
-
 from serve_apps.metrics import gauge
+from serve_apps.ray_process import has_ray
 
 _log = logging.getLogger("ray.serve")
 RECENT = 32
@@ -52,7 +51,7 @@ class WorkInFlight:
     def request(self, amount: float | None = None) -> Iterator[RequestWork]:
         """Hold a request for as long as the block runs."""
         request, began = RequestWork(amount), time.perf_counter()
-        id = _get_serve_request_context().request_id  # a stream that is closed may end in another context
+        id = _serve_request_id()  # now, for a stream that is closed may end in another context
         self._held.append(request)
         self._show()
         try:
@@ -99,3 +98,11 @@ class WorkInFlight:
         self._shown.set(self._work())
         self._waiting.set(len(self._held) - begun)
         self._running.set(begun)
+
+
+def _serve_request_id() -> str:
+    if not has_ray():
+        return ""
+    from ray.serve.context import _get_serve_request_context
+
+    return str(_get_serve_request_context().request_id)

@@ -4,19 +4,24 @@ In: a folder with a model card. Out: the URL of the commit. The token comes from
 put it. Does not know what the folder holds.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mmllm_core.errors import ExportError
 
+Kind = Literal["model", "space"]
 
-def ensure_repository(repo: str, *, private: bool = True) -> None:
-    """Make a model repository where there is none: called before an export, it fails before the work is done.
+
+def ensure_repository(repo: str, *, private: bool = True, kind: Kind = "model") -> None:
+    """Make a repository where there is none: called before an export, it fails before the work is done.
 
     Args:
         repo: `owner/name`.
         private: of a new repository; one that exists stays as it is.
+        kind: a model's, or a Space's that runs Gradio.
 
     Raises:
         ExportError: a wrong name, no token, no permission or no network, by name.
@@ -25,12 +30,13 @@ def ensure_repository(repo: str, *, private: bool = True) -> None:
 
     if get_token() is None:
         raise ExportError(f"{repo}: no Hugging Face token: log in with 'hf auth login' or set HF_TOKEN")
+    sdk = "gradio" if kind == "space" else None
     with _told_in_a_line(repo):
-        HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().create_repo(repo, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
 
 
-def push_folder(folder: Path, repo: str, *, message: str = "Export from mmllm") -> str:
-    """Upload every file of a folder as one commit.
+def push_folder(folder: Path, repo: str, *, message: str = "Export from mmllm", kind: Kind = "model") -> str:
+    """Upload every file of a folder as one commit; of a Space, files that were there and are not in it go.
 
     Returns:
         The commit's URL.
@@ -41,7 +47,54 @@ def push_folder(folder: Path, repo: str, *, message: str = "Export from mmllm") 
     from huggingface_hub import HfApi
 
     with _told_in_a_line(repo):
-        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message).commit_url)
+        commit = HfApi().upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=message,
+            repo_type=kind,
+            delete_patterns="*" if kind == "space" else None,
+        )
+    return str(commit.commit_url)
+
+
+@dataclass(frozen=True)
+class SpaceState:
+    """What a Space has besides its files.
+
+    Args:
+        variables, secrets: by name; one that is None is taken away.
+        hardware: that is asked for, by the hub's name; what it has if None.
+    """
+
+    variables: Mapping[str, str | None]
+    secrets: Mapping[str, str | None]
+    hardware: str | None = None
+
+
+def set_up_space(repo: str, state: SpaceState) -> None:
+    """Give a Space its variables, secrets and hardware.
+
+    Raises:
+        ExportError: no permission, no such hardware or no network, by name.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    with _told_in_a_line(repo):
+        there = hub.get_space_variables(repo)
+        for name, value in state.variables.items():
+            if value is not None:
+                hub.add_space_variable(repo, name, value)
+            elif name in there:
+                hub.delete_space_variable(repo, name)
+        kept = hub.get_space_secrets(repo)
+        for name, value in state.secrets.items():
+            if value is not None:
+                hub.add_space_secret(repo, name, value)
+            elif name in kept:
+                hub.delete_space_secret(repo, name)
+        if state.hardware is not None:
+            hub.request_space_hardware(repo, state.hardware)  # type: ignore[arg-type]
 
 
 @contextmanager

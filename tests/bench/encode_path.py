@@ -34,8 +34,9 @@ from mmllm_core.config import PathSource
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.vision import ClipEncoder, decode_image
-from serve_apps.builder import load_serve_config, serving_options
+from serve_apps.builder import serving_options
 from serve_apps.clip_app import ClipDeployment
+from serve_apps.config_files import load_serve_config
 from serve_apps.file_store import FileStore, NewFile
 from serve_apps.files_config import FilesConfig
 from serve_apps.media import FileUse, ImageSource

@@ -17,7 +17,9 @@ from mmllm_core.errors import EnvironmentLack
 def run(*arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"MMLLM_HOME": str(home), "COLUMNS": "200"}
     command = [sys.executable, "-m", "cluster.cli", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def test_serving_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
@@ -43,7 +45,7 @@ def test_serving_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
         (("evaluate", "--text"), "no bundle yet"),
         (("evaluate", "--text", "--save", "answers.jsonl"), "--save"),
         (("evaluate", "--save", "/dev/null/answers.jsonl"), "--save /dev/null/answers.jsonl"),
-        (("chat", "hello", "--url", "http://127.0.0.1:9"), "make serve"),
+        (("chat", "hello", "--base-url", "http://127.0.0.1:9"), "make serve"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(arguments: tuple[str, ...], named: str, tmp_path: Path) -> None:

@@ -179,7 +179,8 @@ def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) ->
     """Serve a bundle by the embedded config, changed as said."""
     from ray import serve
 
-    from serve_apps.builder import build, load_serve_config
+    from serve_apps.builder import build
+    from serve_apps.config_files import load_serve_config
 
     config = load_serve_config("embedded", overrides)
     serve.run(build(config, bundle.folder), name=name, route_prefix=prefix)

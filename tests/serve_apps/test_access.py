@@ -15,7 +15,7 @@ from mmllm_core.errors import ConfigError
 from serve_apps.access import Door, caller_of
 from serve_apps.access_config import AccessConfig, require_keys_unless_loopback
 from serve_apps.api_keys import ApiKey, KeyRing, add_key, remove_key
-from serve_apps.builder import load_serve_config
+from serve_apps.config_files import load_serve_config
 from serve_apps.http_errors import answer_errors, answer_unknown_paths
 
 LOCAL = "http://127.0.0.1:8000"

@@ -15,7 +15,8 @@ from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.conversation import Message
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import BundleError, ConfigError
-from serve_apps.builder import build, load_serve_config
+from serve_apps.builder import build
+from serve_apps.config_files import load_serve_config
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle
@@ -61,7 +62,7 @@ def alone(bundle: Bundle) -> dict[str, str]:
     try:
         return asyncio.run(all_of())
     finally:
-        phi._voices.shutdown()
+        phi.shutdown()
 
 
 def say(service: Service, model: str, content: Any) -> str:

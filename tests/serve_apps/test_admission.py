@@ -8,7 +8,7 @@ import pytest
 from fastapi import FastAPI, Request
 
 from serve_apps.admission import CHAT, Admission, capacity
-from serve_apps.builder import load_serve_config
+from serve_apps.config_files import load_serve_config
 
 SMALL = {"phi.autoscaling": None, "phi.max_ongoing_requests": 1, "phi.max_queued_requests": 1}
 

@@ -300,7 +300,7 @@ def test_seconds_of_sound_count_as_work_while_they_are_heard(speech: bytes, long
     import asyncio
 
     from mmllm_core.audio import SpeechTask
-    from serve_apps.builder import load_serve_config
+    from serve_apps.config_files import load_serve_config
     from serve_apps.speech import SpeechCall
     from serve_apps.upload import Upload
     from serve_apps.whisper_app import WhisperDeployment

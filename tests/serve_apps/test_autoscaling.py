@@ -14,7 +14,8 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from mmllm_core.errors import ConfigError
 from serve_apps.autoscaling import Observed, Report, Targets, decide, reports_of
-from serve_apps.builder import load_serve_config, serving_options
+from serve_apps.builder import serving_options
+from serve_apps.config_files import load_serve_config
 
 TARGETS = Targets(work=10, per_request=1, requests=8, tolerance=0.1)
 

@@ -11,8 +11,8 @@ from ray import serve
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import BadInput, ImageError
-from serve_apps.builder import load_serve_config
 from serve_apps.clip_app import ClipDeployment
+from serve_apps.config_files import load_serve_config
 from serve_apps.embeddings import TypedText
 from serve_apps.upload import Upload
 from tests.serve_apps.conftest import image_uri

@@ -5,7 +5,7 @@ import pytest
 
 from mmllm_core.errors import ConfigError
 from mmllm_core.models.profile import load_profile
-from serve_apps.builder import load_serve_config, serve_config_names
+from serve_apps.config_files import load_serve_config, serve_config_names
 
 
 @pytest.mark.parametrize("name", serve_config_names())

@@ -38,7 +38,7 @@ class Source:
 
 def collect(source: Source, interval_s: float) -> list[EngineChunk]:
     async def run() -> list[EngineChunk]:
-        return [item async for item in coalesce(source.chunks, interval_s)]
+        return [item async for item in coalesce(source.chunks, lambda: interval_s)]
 
     return asyncio.run(run())
 
@@ -57,7 +57,7 @@ def test_text_is_held_no_longer_than_the_interval() -> None:
     async def run() -> float:
         loop = asyncio.get_running_loop()
         source = Source(3, wait_s=0.0)
-        stream = coalesce(_then_hang(source.chunks), 0.05)
+        stream = coalesce(_then_hang(source.chunks), lambda: 0.05)
         await anext(stream)
         start = loop.time()
         assert (await anext(stream)).text == "23"
@@ -77,7 +77,7 @@ def test_an_error_comes_after_the_text_before_it() -> None:
     texts: list[str] = []
 
     async def run() -> None:
-        async for item in coalesce(Source(3, wait_s=0, error=RuntimeError("broke")).chunks, 60):
+        async for item in coalesce(Source(3, wait_s=0, error=RuntimeError("broke")).chunks, lambda: 60):
             texts.append(item.text)
 
     with pytest.raises(RuntimeError, match="broke"):
@@ -88,7 +88,7 @@ def test_an_error_comes_after_the_text_before_it() -> None:
 def test_closing_the_stream_closes_its_source() -> None:
     async def run() -> bool:
         source = Source(100, wait_s=0.01)
-        stream = coalesce(source.chunks, 0)
+        stream = coalesce(source.chunks, lambda: 0)
         await anext(stream)
         await stream.aclose()
         return source.closed

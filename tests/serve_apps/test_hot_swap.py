@@ -17,7 +17,7 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.conversation import Message
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import BundleError, EngineError, MmllmError
-from serve_apps.builder import load_serve_config
+from serve_apps.config_files import load_serve_config
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_base

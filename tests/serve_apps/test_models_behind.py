@@ -19,8 +19,8 @@ from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.engine.transformers_engine import stop_token_ids
 from mmllm_core.errors import ConversationError, ImageError
 from mmllm_core.vision import decode_image
-from serve_apps.builder import load_serve_config
 from serve_apps.clip_app import ClipDeployment
+from serve_apps.config_files import load_serve_config
 from serve_apps.feature_cache import StoreReader
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt

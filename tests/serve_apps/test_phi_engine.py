@@ -11,8 +11,9 @@ from mmllm_core.bundle import Bundle, save_bundle
 from mmllm_core.config import CrossAttentionConfig, VllmConfig
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.errors import ConfigError
-from serve_apps.builder import build, load_serve_config
+from serve_apps.builder import build
 from serve_apps.config import PhiConfig
+from serve_apps.config_files import load_serve_config
 from serve_apps.phi_engine import start_engine
 
 ACTOR = {"ray_actor_options": {"resources": {"text": 1}}}

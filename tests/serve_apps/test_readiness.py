@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from serve_apps.builder import load_serve_config
+from serve_apps.config_files import load_serve_config
 from serve_apps.readiness import Readiness
 
 
