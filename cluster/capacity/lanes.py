@@ -79,6 +79,7 @@ class QueueLanes:
     held_up: float = 0.0
     """Requests that came while there was no replica."""
     _hidden: float = 0.0
+    _done: float = 0.0
 
     @property
     def requests(self) -> float:
@@ -90,6 +91,7 @@ class QueueLanes:
     def resize(self, n: int) -> None:
         """Have `n` lanes; those that hold least go, and what waits for the first is theirs then."""
         if n < len(self.backlog):
+            self._done += float(np.sort(self.backlog)[: len(self.backlog) - n].sum()) / self.alone_s
             self.backlog = np.sort(self.backlog)[::-1][:n]
         elif n > len(self.backlog):
             self.backlog = np.concatenate([self.backlog, np.zeros(n - len(self.backlog))])
@@ -99,7 +101,7 @@ class QueueLanes:
 
     def advance(
         self, chance: np.random.Generator, n: int, tick_s: float, n_told: int, first_in_s: float
-    ) -> tuple[Floats, float]:
+    ) -> tuple[Floats, int]:
         """Take `n` requests and let a tick pass.
 
         Args:
@@ -107,13 +109,13 @@ class QueueLanes:
             first_in_s: seconds until there is a replica, where there is none.
 
         Returns:
-            (min(n, n_told),) seconds of some of them until they are done, and the mean of all.
+            (min(n, n_told),) seconds of some of them until they are done, and how many of all were done in the tick.
         """
         told = min(n, n_told)
         if not len(self.backlog):
             waits = first_in_s + self.alone_s * (self.held_up + 1 + chance.random(told) * max(0, n - 1))
             self.held_up += n
-            return waits, float(waits.mean()) if told else 0.0
+            return waits, 0
         lanes = route(chance, np.ceil(self.backlog / max(self.alone_s, 1e-12)), n)
         took = np.bincount(lanes, minlength=len(self.backlog))
         waits = np.zeros(0)
@@ -127,8 +129,12 @@ class QueueLanes:
             waits = (before + self.alone_s) / self._speed((before + self.alone_s)) + chance.exponential(1, told) * hidden
         self.backlog += took * self.alone_s
         self._hidden = float((took / tick_s * (within + self.alone_s)).sum() * max_share(tick_s, self.alone_s))
-        self.backlog = np.maximum(0, self.backlog - tick_s * self._speed(self.backlog))
-        return waits, float(waits.mean()) if told else 0.0
+        left = np.maximum(0, self.backlog - tick_s * self._speed(self.backlog))
+        self._done += float((self.backlog - left).sum()) / self.alone_s
+        self.backlog = left
+        done = int(self._done + 1e-9)
+        self._done -= done
+        return waits, done
 
     def _speed(self, backlog: Floats) -> Floats:
         """How many times as fast as one by one a lane works."""

@@ -201,23 +201,23 @@ class Simulation:
         self._scale(now, tick_s)
         n_ingress = max(1.0, self._inside / capacity(self._config))
         seen_s: list[NDArray[np.float64]] = [np.zeros(0)] * 3
-        means = [0.0, 0.0, 0.0]
         entered = came.copy()
+        perceived = int(came[0])
         for kind, name, lanes in ((1, "vision", self._vision), (2, "audio", self._audio)):
             part, scaler = self._parts()[name], self._scalers[name]
             entered[kind] = self._admitted(int(came[kind]), lanes.requests + lanes.held_up, part, scaler, n_ingress)
             first = scaler.next_start
             first_in = max(0.0, first - now) if first is not None else scaler.start_s
-            seen_s[kind], means[kind] = lanes.advance(self._chance, int(entered[kind]), tick_s, _TOLD, first_in)
-        later = self._later(now, tick_s, entered, means)
+            seen_s[kind], done = lanes.advance(self._chance, int(entered[kind]), tick_s, _TOLD, first_in)
+            perceived += done
         text_held = float(self._text.decoding.sum() + self._text.reading.sum()) + self._text.queued
-        n = self._admitted(later, text_held, self._config.phi, self._scalers["text"], n_ingress)
+        n = self._admitted(perceived, text_held, self._config.phi, self._scalers["text"], n_ingress)
         n_told = [min(int(entered[0]), _TOLD), len(seen_s[1]), len(seen_s[2])]
         waits = self._text.advance(self._chance, n, self._prompt, tick_s, sum(n_told) if record else 0)
         if record is None:
             return
         record.arrived += int(came.sum())
-        record.refused += int((came - entered).sum()) + later - n
+        record.refused += int((came - entered).sum()) + perceived - n
         seen_s[0] = np.zeros(n_told[0])
         base = self._times.ingress.seconds_per_request
         begin = 0
@@ -225,18 +225,6 @@ class Simulation:
             own = (self._prompts[kind] - self._prompt) * self._times.text.seconds_per_position
             record.tell(kind, now, base + own + seen_s[kind] + waits[begin : begin + told], int(entered[kind]))
             begin += told
-
-    def _later(self, now: float, tick_s: float, entered: NDArray[np.int64], means: list[float]) -> int:
-        """Requests that come to the LM in this tick; those that are seen or heard first come when they were."""
-        if not hasattr(self, "_coming"):
-            self._coming: dict[int, int] = {}
-        tick = round(now / tick_s)
-        for kind in (1, 2):
-            if entered[kind]:
-                due = tick + round(means[kind] / tick_s)
-                self._coming[due] = self._coming.get(due, 0) + int(entered[kind])
-        due_now = [at for at in self._coming if at <= tick] if now >= 0 else list(self._coming)
-        return int(entered[0]) + sum(self._coming.pop(at) for at in due_now)
 
     @staticmethod
     def _admitted(n: int, held: float, part: DeploymentConfig, scaler: Scaler, n_ingress: float) -> int:

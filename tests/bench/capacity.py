@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,17 +28,22 @@ from typing import Any
 import httpx
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.capacity.service_times import ServiceTimes, load_service_times
+from cluster.capacity.simulation import Outcome, Shape, Simulation
+from cluster.capacity.traces import KINDS, Mix, Trace
+from mmllm_core.audio import SAMPLE_RATE, decode_audio
 from mmllm_core.bundle import Bundle
+from serve_apps.builder import load_serve_config
 from tests.serve_apps.conftest import Service, audio_part, data_uri, deploy, image_part, own_serve, recorded_speech, wav
 
 ALLOWED = 0.25
 REPEATS = 7
 TOKENS = 48
 """Of an answer, where answers are measured."""
-SPEECH_S = 3.0
+PAUSE_S = 0.7
 QUIET: dict[str, Any] = {
     "ui": False,
     "ingress.cache_bytes": 0,
@@ -70,7 +76,6 @@ class Caller:
     def __init__(self, service: Service):
         self._service = service
         self._chance = np.random.default_rng(7)
-        self._speech = _waveform()
         self._number = 0
 
     async def ask(self, client: httpx.AsyncClient, kind: str, content: Any, tokens: int) -> Asked:
@@ -115,10 +120,9 @@ class Caller:
             parts.append(image_part(data_uri(stream.getvalue(), "jpeg")))
         return [*parts, {"type": "text", "text": self.text()}]
 
-    def sound(self, seconds: float = SPEECH_S) -> list[Any]:
-        """Speech of that length."""
-        samples = np.resize(self._speech, int(seconds * 16_000))
-        return [audio_part(wav(samples)), {"type": "text", "text": self.text()}]
+    def sound(self, sentences: int = 1) -> list[Any]:
+        """A sentence, or as many with a pause between them."""
+        return [audio_part(wav(spoken(sentences))), {"type": "text", "text": self.text()}]
 
     def content(self, kind: str) -> Any:
         """A request of a kind, as `compare` sends it."""
@@ -177,10 +181,11 @@ async def measure(service: Service, start_s: float, kv_bytes: int, where: str) -
         positions = round((median(a.prompt_tokens for a in images[8]) - plain) / 8)
         told("images", [per_batch, per_image, positions])
 
-        sounds = {s: await several(lambda s=s: caller.sound(s)) for s in (1.5, 3.0, 4.5, 6.0)}
-        per_clip, per_second = _line([(s, perceived(asked)) for s, found in sounds.items() for asked in found])
-        heard = (median(a.prompt_tokens for a in sounds[6.0]) - plain) / 6
-        told("heard", {s: [round(perceived(a), 3) for a in found] for s, found in sounds.items()})
+        sounds = {n: await several(lambda n=n: caller.sound(n)) for n in (1, 2, 3, 4)}
+        lengths = {n: len(spoken(n)) / SAMPLE_RATE for n in sounds}
+        told("heard", {lengths[n]: [round(perceived(a), 3) for a in found] for n, found in sounds.items()})
+        per_clip, per_second = _line([(lengths[n], perceived(asked)) for n, found in sounds.items() for asked in found])
+        heard = (median(a.prompt_tokens for a in sounds[4]) - plain) / lengths[4]
         told("sound", [per_clip, per_second, heard])
 
     one_cpu = {"cpus": 1.0}
@@ -196,7 +201,7 @@ async def measure(service: Service, start_s: float, kv_bytes: int, where: str) -
         },
         "audio": {
             "hardware": one_cpu,
-            "start_seconds": cold_sound.first_s - median(a.first_s for a in sounds[3.0]),
+            "start_seconds": cold_sound.first_s - median(a.first_s for a in sounds[1]),
             "seconds_per_clip": max(0.0, per_clip),
             "seconds_per_second": max(0.0, per_second),
             "tokens_per_second": max(0.0, heard),
@@ -237,16 +242,20 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(offset), float(slope)
 
 
-def _waveform() -> Any:
-    from mmllm_core.audio import decode_audio
-
-    return decode_audio(recorded_speech(), 60)
+@cache
+def spoken(sentences: int) -> NDArray[np.float32]:
+    """Samples (n,) of a sentence, said so often."""
+    one = decode_audio(recorded_speech(), 60)
+    pause = np.zeros(int(PAUSE_S * SAMPLE_RATE), np.float32)
+    return np.concatenate([one, *[pause, one] * (sentences - 1)])
 
 
 def rounded(values: Any) -> Any:
     """Floats to four digits that count."""
     if isinstance(values, dict):
         return {key: rounded(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
     return float(f"{values:.4g}") if isinstance(values, float) else values
 
 
@@ -263,6 +272,52 @@ def run_measure(bundle: Path, out: Path) -> None:
     print(out.read_text(encoding="utf-8"))
 
 
+async def load(service: Service, rps: float, mix: Mix, seconds: float) -> list[Asked]:
+    """Requests at random times, whatever becomes of those before them."""
+    caller, chance = Caller(service), np.random.default_rng(11)
+    waiting = []
+    async with httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None)) as client:
+        for kind in (*KINDS, *KINDS):  # what runs for the first time is not counted
+            await caller.ask(client, kind, caller.content(kind), 2)
+        began = due = time.perf_counter()
+        while (due := due + chance.exponential(1 / rps)) < began + seconds:
+            kind = str(chance.choice(KINDS, p=mix.shares))
+            content = caller.content(kind)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            waiting.append(asyncio.create_task(caller.ask(client, kind, content, TOKENS)))
+        return await asyncio.gather(*waiting)
+
+
+def predicted(times: ServiceTimes, rps: float, mix: Mix, prompt_tokens: int) -> Outcome:
+    """The same load on the same service, simulated for an hour."""
+    shape = Shape(prompt_tokens, TOKENS, images=1, audio_seconds=len(spoken(1)) / SAMPLE_RATE)
+    config = load_serve_config("embedded", QUIET | FIXED)
+    return Simulation(config, times, Trace("steady", rps, mix, 3600.0), shape).run()
+
+
+def run_compare(bundle: Path, times: ServiceTimes, rps: float, seconds: float) -> int:
+    """Print what was and what was predicted; 1 if they are too far apart."""
+    mix = Mix(1 / 3, 1 / 3, 1 / 3)
+    with serving(bundle, FIXED) as (service, _):
+        asked = asyncio.run(load(service, rps, mix, seconds))
+    prompt_tokens = int(median(a.prompt_tokens for a in asked if a.kind == "text"))
+    outcome = predicted(times, rps, mix, prompt_tokens)
+    found: dict[str, Any] = {"rps": rps, "requests": len(asked), "prompt_tokens": prompt_tokens}
+    for name, share in (("p50", 0.5), ("p95", 0.95)):
+        measured = float(np.quantile([a.first_s for a in asked], share))
+        simulated = outcome.ttft(share) or 0.0
+        by_kind = {
+            kind: [
+                float(np.quantile([a.first_s for a in asked if a.kind == kind], share)),
+                outcome.ttft(share, kind),
+            ]
+            for kind in KINDS
+        }
+        found[name] = {"measured": measured, "predicted": simulated, "ratio": simulated / measured, "kinds": by_kind}
+    print(json.dumps(rounded(found)))
+    return int(abs(found["p95"]["ratio"] - 1) > ALLOWED)
+
+
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -275,8 +330,15 @@ def main() -> None:
     parser.add_argument("what", choices=["measure", "compare"])
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("times.yaml"))
+    parser.add_argument("--times", default="embedded-cpu", help="packaged, or a YAML file")
+    parser.add_argument("--rps", type=float, default=1.0)
+    parser.add_argument("--seconds", type=float, default=300.0)
     arguments = parser.parse_args()
-    run_measure(arguments.bundle.absolute(), arguments.out)
+    bundle = arguments.bundle.absolute()
+    if arguments.what == "measure":
+        run_measure(bundle, arguments.out)
+    else:
+        sys.exit(run_compare(bundle, load_service_times(arguments.times), arguments.rps, arguments.seconds))
 
 
 if __name__ == "__main__":
