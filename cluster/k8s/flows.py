@@ -18,6 +18,7 @@ _STRANGER = Peer("another namespace's pod", "default", {"app": "shell"}, "10.1.0
 _IMPOSTOR = Peer(
     "another namespace's pod with our labels", "default", {PART_OF: "mmllm", INSTANCE: "serving"}, "10.1.0.6"
 )
+_UNLABELLED = Peer("a pod of the namespace without our labels", NAMESPACE, {"app": "shell"}, "10.2.0.9")
 _API_SERVER = Peer("the API server", address="10.96.0.1")
 _OBJECT_STORE = Peer("an object store", address="52.218.0.1")
 _METADATA = Peer("the cloud's metadata service", address="169.254.169.254")
@@ -72,7 +73,7 @@ def _within(pods: dict[str, Peer]) -> Iterator[Flow]:
 
 def _from_outside(pods: dict[str, Peer]) -> Iterator[Flow]:
     for component, peer in pods.items():
-        for stranger in (_STRANGER, _IMPOSTOR, _INTERNET):
+        for stranger in (_STRANGER, _IMPOSTOR, _UNLABELLED, _INTERNET):
             for port in (GCS, RAYLET, DASHBOARD, CLIENT, SERVE, METRICS, WORKERS[0], AGENT):
                 yield Flow(stranger, peer, port, False)
         yield Flow(_OPERATOR, peer, DASHBOARD, component == "head")
@@ -104,10 +105,16 @@ def _around(pods: dict[tuple[str, str], Peer], manifests: list[Manifest]) -> Ite
             if component in (*REPLICAS, "head", "train"):
                 yield Flow(_PROMETHEUS, peer, METRICS, True)
     if submitter := pods.get(("", "submitter")):
-        yield Flow(submitter, pods["training", "head"], DASHBOARD, True)
-        yield Flow(submitter, pods["training", "head"], GCS, False)
-        yield Flow(submitter, pods["training", "train"], WORKERS[0], False)
+        for (instance, component), peer in pods.items():
+            if instance == "training":
+                yield Flow(submitter, peer, DASHBOARD, component == "head")
+                yield Flow(submitter, peer, GCS, False)
+                yield Flow(submitter, peer, WORKERS[0], False)
         yield Flow(submitter, _API_SERVER, 443, False)
+    if of_kind(manifests, "NetworkPolicy"):
+        yield Flow(_UNLABELLED, _OBJECT_STORE, 443, False)
+        yield Flow(_UNLABELLED, _DNS, 53, False, "UDP")
+        yield Flow(_STRANGER, _UNLABELLED, SERVE, False)
     if redis := pods.get(("", "redis")):
         for component, peer in serving.items():
             yield Flow(peer, redis, 6379, component == "head")

@@ -27,10 +27,10 @@ class Fault:
 
 
 def _set(path: str, value: Any) -> Change:
-    """Set a value by a path such as `spec.workerGroupSpecs.0.replicas`; slashes divide where keys have dots."""
+    """Set a value by a path such as `spec.workerGroupSpecs.0.replicas`."""
 
     def change(manifest: Manifest) -> None:
-        *parents, leaf = path.split("/" if "/" in path else ".")
+        *parents, leaf = path.split(".")
         there: Any = manifest
         for part in parents:
             there = there[int(part) if isinstance(there, list) else part]
@@ -182,7 +182,7 @@ OF_THE_SERVICE = [
     Fault(
         "a namespace without a standard",
         "Namespace",
-        _set("metadata/labels/pod-security.kubernetes.io/enforce", "baseline"),
+        lambda m: m["metadata"]["labels"].update({"pod-security.kubernetes.io/enforce": "baseline"}),
         "not restricted",
     ),
     Fault(
