@@ -36,6 +36,7 @@ STOPPED = 128 + 15
 """Exit code of a job that was stopped, as of a command that SIGTERM ends."""
 
 _STOP_WITHIN_S = 30
+_READY_WITHIN_S = 60.0
 _LOST_AFTER = 10
 """Attempts to reach the cluster again, a second apart and more."""
 
@@ -130,13 +131,18 @@ def send(client: "JobSubmissionClient", job: Job, name: str | None = None) -> st
         MmllmError: the folder is too large, the name is taken, or the cluster refuses the job.
     """
     runtime_env = {"working_dir": str(job.folder), "excludes": list(LEFT_OUT), "env_vars": job.variables()}
-    try:
-        return client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
-    except (RuntimeError, ValueError, OSError) as error:
-        said = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), repr(error))
-        raise MmllmError(
-            f"the job was not taken: {said} (packed: {job.folder}; name what need not go in a .rayignore there)"
-        ) from error
+    ends = time.monotonic() + _READY_WITHIN_S
+    while True:
+        try:
+            return client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
+        except (RuntimeError, ValueError, OSError) as error:
+            if "No available agent" in str(error) and time.monotonic() < ends:
+                time.sleep(0.5)  # the cluster has only just started
+                continue
+            said = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), repr(error))
+            raise MmllmError(
+                f"the job was not taken: {said} (packed: {job.folder}; name what need not go in a .rayignore there)"
+            ) from error
 
 
 def follow(client: "JobSubmissionClient", job_id: str, write: Callable[[str], object]) -> "JobDetails":
@@ -178,7 +184,7 @@ def details_of(client: "JobSubmissionClient", job_id: str) -> "JobDetails":
     """What the cluster knows of a job.
 
     Raises:
-        MmllmError: nothing.
+        MmllmError: the cluster knows no such job.
     """
     try:
         return client.get_job_info(job_id)
