@@ -47,7 +47,7 @@ class _RecipeUnlessNamed(TyperGroup):
 plan_app = typer.Typer(
     cls=_RecipeUnlessNamed,
     no_args_is_help=True,
-    help="What it costs before it runs. `plan RECIPE` (or `plan recipe RECIPE`): training. `plan serve --rps ...`: serving.",
+    help="What it costs before it runs: training (`plan RECIPE`, or `plan recipe RECIPE`), and serving (`plan serve`).",
 )
 plan_app.command("serve")(plan_serve)
 

@@ -20,7 +20,9 @@ console = Console() if sys.stdout.isatty() else Console(width=1_000)  # a pipe w
 
 def plan_serve(
     rps: Annotated[float, typer.Option(help="Requests a second, at the peak.", min=0.001, max=100_000)],
-    mix: Annotated[str, typer.Option(help="Shares of text, image and audio requests.")] = "text=0.6,image=0.3,audio=0.1",
+    mix: Annotated[
+        str, typer.Option(help="Shares of text, image and audio requests.")
+    ] = "text=0.6,image=0.3,audio=0.1",
     slo: Annotated[str | None, typer.Option(help="Promise to keep for 95% of requests, such as ttft=2 (s).")] = None,
     trace: Annotated[str, typer.Option(help="steady, daily, burst or shift (images and sound swap shares).")] = "daily",
     hours: Annotated[float | None, typer.Option(help="How long the trace is.", min=0.01, max=24 * 31)] = None,
@@ -38,7 +40,7 @@ def plan_serve(
     plot: Annotated[Path | None, typer.Option(help="Draw load, replicas and cost into a PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what SERVING a load takes, by simulation: replicas, GPUs, cost, seconds to the first token, what scaling saves."""
+    """Say what serving a load takes, by simulation: replicas, GPUs, cost, p95 of the first token, what scaling saves."""
     from cluster.capacity.answer import Prices, Question, answer
     from cluster.capacity.service_times import load_service_times
     from cluster.capacity.simulation import Shape

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.capacity.lanes import DecodeLanes, QueueLanes
+from cluster.capacity.decode_lanes import DecodeLanes
+from cluster.capacity.lanes import QueueLanes, Told
 from cluster.capacity.scaling import Held, Scaler
 from cluster.capacity.service_times import ServiceTimes
 from cluster.capacity.traces import KINDS, Trace
@@ -110,8 +111,14 @@ class Simulation:
             vision.seconds_per_batch + vision.seconds_per_image * shape.images,
             vision.seconds_per_batch,
             config.clip.max_batch_size / max(1, shape.images),
+            config.clip.max_ongoing_requests,
         )
-        self._audio = QueueLanes(audio.seconds_per_clip + audio.seconds_per_second * shape.audio_seconds, 0.0, 1.0)
+        self._audio = QueueLanes(
+            audio.seconds_per_clip + audio.seconds_per_second * shape.audio_seconds,
+            0.0,
+            1.0,
+            config.whisper.max_ongoing_requests,
+        )
         self._prompts = np.array(
             [
                 shape.prompt_tokens,
@@ -154,7 +161,7 @@ class Simulation:
 
     def _make_scalers(self) -> dict[str, Scaler]:
         rates = self._trace.rates(np.zeros(1))[0]  # (3,)
-        step = self._text._step_of(np.array(self._text.slots / 2))
+        step = self._text.step_of(self._text.slots / 2)
         busy = {
             "vision": rates[1] * self._vision.alone_s,
             "audio": rates[2] * self._audio.alone_s,
@@ -186,52 +193,57 @@ class Simulation:
 
     def _counts(self, rates: NDArray[np.float64]) -> dict[str, float]:
         """Replicas that are paid for."""
-        counts: dict[str, float] = {name: s.running + sum(n for _, n in s.starting) for name, s in self._scalers.items()}
-        by_time = rates.sum() * self._times.ingress.seconds_per_request / _INGRESS_USE
-        counts["ingress"] = float(max(1, np.ceil(by_time), np.ceil(self._inside / capacity(self._config))))
+        counts: dict[str, float] = {
+            name: s.running + sum(n for _, n in s.starting) for name, s in self._scalers.items()
+        }
+        counts["ingress"] = self._n_ingress(float(rates.sum()))
         return counts
+
+    def _n_ingress(self, rps: float) -> float:
+        """As many as hold what the LM's replicas can, and compute no more than they should."""
+        of_lm = self._scalers["text"].running * self._config.phi.max_ongoing_requests
+        by_time = rps * self._times.ingress.seconds_per_request / _INGRESS_USE
+        return float(max(1, np.ceil(by_time), np.ceil(of_lm / capacity(self._config))))
 
     @property
     def _inside(self) -> float:
-        held = self._text.queued + float(self._text.decoding.sum() + self._text.reading.sum())
-        return held + sum(lanes.requests + lanes.held_up for lanes in (self._vision, self._audio))
+        return sum(lanes.requests + lanes.callers.queued for lanes in (self._vision, self._audio, self._text))
 
     def _tick(self, now: float, tick_s: float, came: NDArray[np.int64], record: "_Record | None") -> None:
         """Let requests of each kind come, and time pass."""
         self._scale(now, tick_s)
-        n_ingress = max(1.0, self._inside / capacity(self._config))
-        seen_s: list[NDArray[np.float64]] = [np.zeros(0)] * 3
-        entered = came.copy()
-        perceived = int(came[0])
+        n_ingress = self._n_ingress(float(came.sum()) / tick_s)
+        room = max(0.0, n_ingress * capacity(self._config) - self._inside)
+        let_in = came if came.sum() <= room else self._chance.binomial(came, room / came.sum())
+        entered = let_in.copy()
+        told = self._telling(now, 0, int(entered[0])) if record else []
+        perceived = int(entered[0])
         for kind, name, lanes in ((1, "vision", self._vision), (2, "audio", self._audio)):
-            part, scaler = self._parts()[name], self._scalers[name]
-            entered[kind] = self._admitted(int(came[kind]), lanes.requests + lanes.held_up, part, scaler, n_ingress)
-            first = scaler.next_start
-            first_in = max(0.0, first - now) if first is not None else scaler.start_s
-            seen_s[kind], done = lanes.advance(self._chance, int(entered[kind]), tick_s, _TOLD, first_in)
-            perceived += done
-        text_held = float(self._text.decoding.sum() + self._text.reading.sum()) + self._text.queued
-        n = self._admitted(perceived, text_held, self._config.phi, self._scalers["text"], n_ingress)
-        n_told = [min(int(entered[0]), _TOLD), len(seen_s[1]), len(seen_s[2])]
-        waits = self._text.advance(self._chance, n, self._prompt, tick_s, sum(n_told) if record else 0)
-        if record is None:
-            return
-        record.arrived += int(came.sum())
-        record.refused += int((came - entered).sum()) + perceived - n
-        seen_s[0] = np.zeros(n_told[0])
-        base = self._times.ingress.seconds_per_request
-        begin = 0
-        for kind, told in enumerate(n_told):
-            own = (self._prompts[kind] - self._prompt) * self._times.text.seconds_per_position
-            record.tell(kind, now, base + own + seen_s[kind] + waits[begin : begin + told], int(entered[kind]))
-            begin += told
+            entered[kind] = self._admitted(int(let_in[kind]), lanes, self._parts()[name], n_ingress)
+            some = self._telling(now, kind, int(entered[kind])) if record else []
+            taken, done = lanes.advance(self._chance, now, tick_s, int(entered[kind]), some)
+            told, perceived = told + taken, perceived + done
+        n = self._admitted(perceived, self._text, self._config.phi, n_ingress)
+        first = self._text.advance(self._chance, now, tick_s, n, self._prompt, told)
+        if record:
+            record.arrived += int(came.sum())
+            record.refused += int((came - entered).sum()) + perceived - n
+            record.told += first
+
+    def _telling(self, now: float, kind: int, n: int) -> list[Told]:
+        """Some of `n` requests that enter, with what they take whatever waits."""
+        more = (self._prompts[kind] - self._prompt) * self._times.text.seconds_per_position
+        seconds = self._times.ingress.seconds_per_request + float(more)
+        some = min(n, _TOLD)
+        return [Told(now, kind, n / some, seconds) for _ in range(some)]
 
     @staticmethod
-    def _admitted(n: int, held: float, part: DeploymentConfig, scaler: Scaler, n_ingress: float) -> int:
+    def _admitted(n: int, lanes: QueueLanes | DecodeLanes, part: DeploymentConfig, n_ingress: float) -> int:
         """How many of `n` are not refused: every ingress replica lets so many wait."""
         if part.max_queued_requests < 0:
             return n
-        room = scaler.running * part.max_ongoing_requests + part.max_queued_requests * n_ingress - held
+        free = lanes.n_lanes * part.max_ongoing_requests - lanes.requests
+        room = max(0.0, free) + part.max_queued_requests * n_ingress - lanes.callers.queued
         return int(min(n, max(0, room)))
 
     def _scale(self, now: float, tick_s: float) -> None:
@@ -239,22 +251,21 @@ class Simulation:
         units = {"vision": float(shape.images), "audio": shape.audio_seconds}
         desired = {}
         for name, lanes in (("vision", self._vision), ("audio", self._audio)):
-            at_replicas = min(lanes.requests, self._scalers[name].running * self._parts()[name].max_ongoing_requests)
-            queued = lanes.requests - at_replicas + lanes.held_up
-            held = Held(at_replicas * units[name], at_replicas, queued)
+            held = Held(lanes.requests * units[name], lanes.requests, lanes.callers.queued)
             desired[name] = self._scalers[name].desired(now, tick_s, held, units[name])
         lm, running = self._text, max(1, self._scalers["text"].running)
         telling, reading = float(lm.decoding.sum()), float(lm.reading.sum())
-        work = (telling + reading) * self._prompt + telling * shape.answer_tokens / 2
+        work = (telling + reading) * self._prompt + telling * shape.answer_tokens
         kv_use = min(1.0, (telling + reading) / running * self._kv_share)
-        held = Held(work, telling + reading, lm.queued, kv_use)
+        held = Held(work, lm.requests, lm.callers.queued, kv_use)
         desired["text"] = self._scalers["text"].desired(now, tick_s, held, self._prompt + shape.answer_tokens)
         if self._whole and config.phi.autoscaling:
             desired = dict.fromkeys(desired, max(desired.values()))
         for name, scaler in self._scalers.items():
             scaler.follow(now, desired[name])
-        for name, lanes in (("vision", self._vision), ("audio", self._audio), ("text", self._text)):
-            lanes.resize(self._scalers[name].running)
+        self._vision.resize(self._scalers["vision"].running)
+        self._audio.resize(self._scalers["audio"].running)
+        self._text.resize(self._scalers["text"].running)
 
 
 class _Record:
@@ -267,13 +278,8 @@ class _Record:
         self._rates = np.zeros(3)
         self._n = 0
         self._kept: list[tuple[float, dict[str, float], NDArray[np.float64]]] = []
-        self._told: list[tuple[int, float, NDArray[np.float64], float]] = []
+        self.told: list[Told] = []
         self.arrived = self.refused = 0
-
-    def tell(self, kind: int, now: float, first_s: NDArray[np.float64], stand_for: int) -> None:
-        """Keep the seconds of some requests, which stand for so many."""
-        if len(first_s):
-            self._told.append((kind, now, first_s, stand_for / len(first_s)))
 
     def end(self, tick: int, rates: NDArray[np.float64], counts: dict[str, float]) -> None:
         """A tick has passed with so many replicas."""
@@ -289,16 +295,16 @@ class _Record:
     def outcome(self) -> Outcome:
         """All of it."""
         names = self._kept[0][1]
-        sizes = [len(told[2]) for told in self._told]
+        told = self.told
         return Outcome(
             self._seconds,
             np.array([at for at, _, _ in self._kept]),
             {name: np.array([counts[name] for _, counts, _ in self._kept]) for name in names},
             np.array([rates for _, _, rates in self._kept]),
-            np.concatenate([told[2] for told in self._told] or [np.zeros(0)]),
-            np.repeat([told[1] for told in self._told], sizes),
-            np.repeat([told[0] for told in self._told], sizes).astype(np.int64),
-            np.repeat([told[3] for told in self._told], sizes),
+            np.array([request.seconds for request in told]),
+            np.array([request.came for request in told]),
+            np.array([request.kind for request in told], np.int64),
+            np.array([request.weight for request in told]),
             self.arrived,
             self.refused,
         )
@@ -325,4 +331,3 @@ def with_targets(config: ServeConfig, share: float) -> ServeConfig:
             scaling = part.autoscaling.model_copy(update={field: part.autoscaling.target * share})
             changed[name] = part.model_copy(update={"autoscaling": scaling})
     return config.model_copy(update=changed)
-

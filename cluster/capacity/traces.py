@@ -1,4 +1,4 @@
-"""Requests a second over time, by modality. In: a name, a peak rate, a mix. Out: rates of text, image and audio requests.
+"""Requests a second over time. In: a name, a peak rate, a mix. Out: rates of text, image and audio requests.
 
 Does not know what a request costs.
 """
@@ -49,7 +49,7 @@ class Trace:
     mix: Mix
     seconds: float
 
-    def rates(self, at: NDArray[np.float64]) -> NDArray[np.float64]:
+    def rates(self, at: NDArray[np.floating]) -> NDArray[np.float64]:
         """Requests a second of each kind.
 
         Args:
@@ -98,7 +98,9 @@ def parse_mix(said: str) -> Mix:
             if kind not in shares or not given or not 0 <= (share := float(value)) < float("inf"):
                 raise ValueError
         except ValueError:
-            raise ConfigError(f"--mix {said}: write text=0.6,image=0.3,audio=0.1 ('{part}' is not one of these)") from None
+            raise ConfigError(
+                f"--mix {said}: write text=0.6,image=0.3,audio=0.1 ('{part}' is not one of these)"
+            ) from None
         shares[kind] = share
     total = sum(shares.values())
     if total <= 0:

@@ -1,7 +1,7 @@
 """The same service, followed event by event: every request, every batch, every clip, every step of the LM.
 
-The yardstick of `cluster.capacity.simulation`: slow, and with nothing in common with it but the policy and Serve's delays
-(`Scaler`), which both ask.
+The yardstick of `cluster.capacity.simulation`: slow, and with nothing in common with it but the policy and Serve's
+delays (`Scaler`), which both ask.
 """
 
 import heapq
@@ -45,7 +45,13 @@ class EventByEvent:
     """
 
     def __init__(
-        self, config: ServeConfig, times: ServiceTimes, trace: Trace, shape: Shape, scalers: dict[str, Scaler], seed: int
+        self,
+        config: ServeConfig,
+        times: ServiceTimes,
+        trace: Trace,
+        shape: Shape,
+        scalers: dict[str, Scaler],
+        seed: int,
     ):
         self.config, self.times, self.trace, self.shape, self.scalers = config, times, trace, shape, scalers
         self.chance = np.random.default_rng(seed)
@@ -124,9 +130,7 @@ class EventByEvent:
         most = max(1, self.config.clip.max_batch_size // self.shape.images)
         taken = [replica.waiting.popleft() for _ in range(min(most, len(replica.waiting)))]
         t = self.times.vision
-        self.spend(
-            "vision", replica, taken, t.seconds_per_batch + t.seconds_per_image * self.shape.images * len(taken)
-        )
+        self.spend("vision", replica, taken, t.seconds_per_batch + t.seconds_per_image * self.shape.images * len(taken))
 
     def clip(self, replica: Replica) -> None:
         if not replica.waiting:
@@ -202,6 +206,6 @@ class EventByEvent:
                 replicas.remove(replica)  # it ends what it holds
             for _ in range(len(self.queues[name])):
                 self.send(name, self.queues[name].popleft())
-            self.counts[name].append(scaler.running)
+            self.counts[name].append(scaler.running + sum(n for _, n in scaler.starting))
         if self.now < self.trace.seconds:
             self.at(self.now + every, self._scale)
