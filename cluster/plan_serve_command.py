@@ -40,7 +40,7 @@ def plan_serve(
     plot: Annotated[Path | None, typer.Option(help="Draw load, replicas and cost into a PNG.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say what serving a load takes, by simulation: replicas, GPUs, cost, p95 of the first token, what scaling saves."""
+    """Say what serving a load takes, by simulation: replicas, GPUs, cost, first token's p95, what scaling saves."""
     from cluster.capacity.answer import Prices, Question, answer
     from cluster.capacity.service_times import load_service_times
     from cluster.capacity.simulation import Shape

@@ -2,7 +2,7 @@
 
 In: arrivals of a tick. Out: how long some of them wait, how many are done, what the lanes hold. Lanes count work and
 requests and do not know single ones: a tick is a tau-leap (Gillespie, 2001), within which rates stay as they are. What
-a request waits is computed from the lane that takes it at that moment. Does not know modalities, time of day or scaling.
+a request waits is computed from the lane that takes it at that moment. Does not know modalities or scaling.
 """
 
 from collections import deque

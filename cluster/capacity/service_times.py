@@ -1,8 +1,8 @@
 """How long each part of a request takes: one YAML, measured by `python -m tests.bench.capacity measure`.
 
 In: a file's name or path. Out: seconds as straight lines in what a request brings along. Does not know queues: these
-are times of a replica that has nothing else to do. The packaged file was measured on two CPU cores; figures of GPUs are a
-user's own, and a file whose `origin` is `assumed` says so wherever its results are shown.
+are times of a replica that has nothing else to do. The packaged file was measured on two CPU cores; figures of GPUs are
+a user's own, and a file whose `origin` is `assumed` says so wherever its results are shown.
 """
 
 from pathlib import Path

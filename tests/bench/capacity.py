@@ -2,10 +2,13 @@
 
     python -m tests.bench.capacity measure --bundle FOLDER [--out times.yaml]
     python -m tests.bench.capacity compare --bundle FOLDER [--times times.yaml] [--rps 0.5] [--seconds 300]
+    python -m tests.bench.capacity speed
 
 `measure` asks a service that does nothing else, one part after the other, and writes service times. `compare` sends an
 open loop of requests, text, images and speech at random times, to a service of one replica each, and prints seconds to
-the first token as measured and as simulated, with their ratio, as JSON; exit code 1 if p95 is more than 25% off.
+the first token as measured and as simulated, with their ratio, as JSON; exit code 1 if p95 is more than 25% off. `speed`
+simulates every trace at 10,000 requests/s on the thousand replicas that they take where the LM is assumed to be fast, and
+prints the CPU seconds that this takes.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -32,8 +35,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.capacity.service_times import ServiceTimes, load_service_times
-from cluster.capacity.simulation import Outcome, Shape, Simulation
-from cluster.capacity.traces import KINDS, Mix, Trace
+from cluster.capacity.simulation import Outcome, Shape, Simulation, with_bounds
+from cluster.capacity.traces import KINDS, Mix, Trace, TraceName, trace_of
 from mmllm_core.audio import SAMPLE_RATE, decode_audio
 from mmllm_core.bundle import Bundle
 from serve_apps.builder import load_serve_config
@@ -318,6 +321,25 @@ def run_compare(bundle: Path, times: ServiceTimes, rps: float, seconds: float) -
     return int(abs(found["p95"]["ratio"] - 1) > ALLOWED)
 
 
+def run_speed() -> int:
+    """Print CPU seconds of each trace; 1 if one takes a minute."""
+    times = load_service_times("embedded-cpu")
+    fast = {"seconds_per_step": 0.012, "seconds_per_answer": 0.0005, "seconds_per_position": 0.00002}
+    times = times.model_copy(update={"text": times.text.model_copy(update=fast)})
+    config = with_bounds(load_serve_config("embedded"), 2_000)
+    took = {}
+    for name in get_args(TraceName):
+        began = time.process_time()
+        found = Simulation(config, times, trace_of(name, 10_000.0, Mix(0.6, 0.3, 0.1)), Shape(120, 60)).run()
+        took[name] = {
+            "cpu_seconds": time.process_time() - began,
+            "requests": found.arrived,
+            "peak_replicas": {part: float(counts.max()) for part, counts in found.replicas.items()},
+        }
+        print(name, json.dumps(rounded(took[name])), flush=True)
+    return int(max(one["cpu_seconds"] for one in took.values()) >= 60)
+
+
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -327,14 +349,16 @@ def _cpu() -> str:
 def main() -> None:
     """Run, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["measure", "compare"])
-    parser.add_argument("--bundle", type=Path, required=True)
+    parser.add_argument("what", choices=["measure", "compare", "speed"])
+    parser.add_argument("--bundle", type=Path, default=Path())
     parser.add_argument("--out", type=Path, default=Path("times.yaml"))
     parser.add_argument("--times", default="embedded-cpu", help="packaged, or a YAML file")
     parser.add_argument("--rps", type=float, default=1.0)
     parser.add_argument("--seconds", type=float, default=300.0)
     arguments = parser.parse_args()
     bundle = arguments.bundle.absolute()
+    if arguments.what == "speed":
+        sys.exit(run_speed())
     if arguments.what == "measure":
         run_measure(bundle, arguments.out)
     else:
