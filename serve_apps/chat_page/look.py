@@ -8,6 +8,7 @@ CSS = """
 .examples .example {border: 1px solid var(--border-color-primary); border-radius: 10px}
 .message .prose blockquote {margin: 0 !important}
 .message small {color: var(--body-text-color); opacity: .85}
+#message {border: 1px solid var(--border-color-primary); border-radius: 16px}
 .sidebar h1 {margin: 0; font-size: 1.25rem}
 .sidebar table, .sidebar tbody, .sidebar tr, .sidebar td {display: block; width: 100%; border: none; text-align: left}
 .sidebar td {padding: 6px 10px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}

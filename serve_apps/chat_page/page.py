@@ -195,13 +195,16 @@ class _Page(gr.ChatInterface):
             return {"settings": settings, "key": key if keeps else "", "keeps": bool(keeps)}
 
         async def restore(stored: dict[str, Any], request: gr.Request) -> list[Any]:
-            model, system, temperature, max_tokens = stored.get("settings") or [self._model, "", None, None]
             key = stored.get("key") or ""
             try:
                 names = [entry.id async for entry in self._asking(key, request).models.list()]
             except openai.APIError:
-                names = [self._model]  # what is wrong is told with the first answer
-            chosen = model if model in names else names[0] if names else self._model
+                names = []  # what is wrong is told with the first answer
+            names = names or [self._model]
+            if "settings" not in stored:  # a first visit: what is typed meanwhile shall stay
+                return [gr.Dropdown(names), *[gr.skip()] * 5]
+            model, system, temperature, max_tokens = stored["settings"]
+            chosen = model if model in names else names[0]
             return [gr.Dropdown(names, value=chosen), system, temperature, max_tokens, key, bool(stored.get("keeps"))]
 
         self.load(restore, [stored], all_settings, api_visibility="private", show_progress="hidden")
