@@ -155,7 +155,7 @@ def test_an_answer_is_made_again_and_a_question_edited(context: BrowserContext, 
     expect(page.get_by_text(PACE)).to_have_count(2)
     page.get_by_role("button", name="Edit").first.click()
     page.locator("textarea").filter(visible=True).first.fill("Three?")
-    page.get_by_role("button", name="Submit").click()
+    page.get_by_title("Submit").click()
     expect(page.get_by_text("Three?").first).to_be_visible()
     expect(page.get_by_text(PACE)).to_have_count(1)
     expect(page.get_by_text("Two?", exact=True)).to_have_count(0)
