@@ -22,6 +22,7 @@ new MutationObserver(() => {
         document.querySelector(selector + ":not([aria-label])")?.setAttribute("aria-label", label);
     name("#message textarea", "Your message");
     name("#message .submit-button", "Send");
+    document.querySelector(".examples[role=list]")?.setAttribute("role", "group");
     const toggle = document.querySelector(".sidebar.open .toggle-button");
     if (toggle && !isFolded) { isFolded = true; toggle.click(); }
 }).observe(document, {childList: true, subtree: true, attributes: true, attributeFilter: ["class"]});

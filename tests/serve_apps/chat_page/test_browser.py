@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,11 @@ def running(service: Service) -> int:
     """Answers that the engine is at."""
     from ray import serve
 
-    load = serve.get_deployment_handle("PhiGenerator", service.app_name).load.remote().result()
-    return int(load.running)
+    def ask_engine() -> int:
+        return int(serve.get_deployment_handle("PhiGenerator", service.app_name).load.remote().result().running)
+
+    with ThreadPoolExecutor(1) as beside:  # Playwright keeps an event loop in this thread, where Ray refuses to wait
+        return beside.submit(ask_engine).result()
 
 
 def until(happens: Callable[[], bool], what: str) -> None:
