@@ -17,7 +17,7 @@ from fastapi import FastAPI, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_apps.ray_process import has_ray
+from serve_apps.ray_process import is_connected
 
 _log = logging.getLogger("ray.serve")
 
@@ -61,7 +61,7 @@ class MetricsPage:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    if not has_ray():
+    if not is_connected():
         return []
     import ray
 

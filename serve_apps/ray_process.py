@@ -13,7 +13,7 @@ def has_ray() -> bool:
 
 
 def is_connected() -> bool:
-    """Whether this process belongs to a Ray cluster; one that does not starts a cluster when it looks for Serve."""
+    """Whether this process belongs to a Ray cluster; in one that does not, asking Ray for anything starts a cluster."""
     return has_ray() and bool(sys.modules["ray"].is_initialized())
 
 
