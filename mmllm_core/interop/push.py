@@ -4,7 +4,7 @@ In: a folder with a model card. Out: the URL of the commit. The token comes from
 put it. Does not know what the folder holds.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,19 +82,25 @@ def set_up_space(repo: str, state: SpaceState) -> None:
     hub = HfApi()
     with _told_in_a_line(repo):
         there = hub.get_space_variables(repo)
-        for name, value in state.variables.items():
-            if value is not None:
-                hub.add_space_variable(repo, name, value)
-            elif name in there:
-                hub.delete_space_variable(repo, name)
+        _settle(repo, state.variables, there, hub.add_space_variable, hub.delete_space_variable)
         kept = hub.get_space_secrets(repo)
-        for name, value in state.secrets.items():
-            if value is not None:
-                hub.add_space_secret(repo, name, value)
-            elif name in kept:
-                hub.delete_space_secret(repo, name)
+        _settle(repo, state.secrets, kept, hub.add_space_secret, hub.delete_space_secret)
         if state.hardware is not None:
             hub.request_space_hardware(repo, state.hardware)  # type: ignore[arg-type]
+
+
+def _settle(
+    repo: str,
+    wanted: Mapping[str, str | None],
+    there: Collection[str],
+    add: Callable[[str, str, str], object],
+    delete: Callable[[str, str], object],
+) -> None:
+    for name, value in wanted.items():
+        if value is not None:
+            add(repo, name, value)
+        elif name in there:
+            delete(repo, name)
 
 
 @contextmanager
