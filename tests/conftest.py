@@ -74,6 +74,16 @@ def _home_of_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MMLLM_HOME", str(tmp_path / "mmllm-home"))
 
 
+@pytest.fixture(scope="module")
+def home_of_the_module() -> Iterator[None]:
+    """For fixtures that set `MMLLM_HOME` for a module: afterwards it is what it was before."""
+    usual = os.environ.get("MMLLM_HOME")
+    yield
+    os.environ.pop("MMLLM_HOME")
+    if usual is not None:
+        os.environ["MMLLM_HOME"] = usual
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _offline() -> None:
     """No test reaches the hub."""

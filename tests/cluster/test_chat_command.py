@@ -23,13 +23,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmllm_core.bundle import Bundle
 from mmllm_core.engine.protocol import EngineChunk
 from serve_apps.config_files import load_serve_config
 from serve_apps.in_process import serving_in_process
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle
-from tests.serve_apps.conftest import build_tiny_bundle, recorded_speech, wav
+from tests.serve_apps.conftest import bundle, recorded_speech, wav
+
+__all__ = ["bundle"]  # a fixture
 
 SPOKEN = "something, never do it for free"
 
@@ -59,17 +62,12 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    usual = os.environ.get("MMLLM_HOME")
-    bundle = build_tiny_bundle(tmp_path_factory.mktemp("home"))
+def served(bundle: Bundle) -> Iterator[Served]:
     settings = {"ui": False, "phi.kv_cache_bytes": 60_000_000, "phi.stream_interval_s": 0}
     config = load_serve_config("embedded", settings)
     phi = LeisurelyPhi({bundle.info.name: ServedBundle.of(bundle)}, config.phi)
     with serving_in_process(bundle, config, phi) as url:
         yield Served(url, phi)
-    os.environ.pop("MMLLM_HOME")
-    if usual is not None:
-        os.environ["MMLLM_HOME"] = usual
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """`mmllm space deploy`: against a stand-in for the hub, and its refusals."""
 
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +10,9 @@ from cluster.cli import app
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import MmllmError
 from tests.hub import COMMIT, hub
-from tests.serve_apps.conftest import build_tiny_bundle
+from tests.serve_apps.conftest import bundle
 
-__all__ = ["hub"]  # a fixture
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
-    usual = os.environ.get("MMLLM_HOME")
-    yield build_tiny_bundle(tmp_path_factory.mktemp("home"))
-    os.environ.pop("MMLLM_HOME")
-    if usual is not None:
-        os.environ["MMLLM_HOME"] = usual
+__all__ = ["bundle", "hub"]  # fixtures
 
 
 def deploy(*options: str) -> str:

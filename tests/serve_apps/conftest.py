@@ -47,13 +47,9 @@ def recorded_speech() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+def bundle(tmp_path_factory: pytest.TempPathFactory, home_of_the_module: None) -> Bundle:
     """A bundle in a home of its own, with weights fetched into the usual home."""
-    usual = os.environ.get("MMLLM_HOME")
-    yield build_tiny_bundle(tmp_path_factory.mktemp("home"))
-    os.environ.pop("MMLLM_HOME")
-    if usual is not None:
-        os.environ["MMLLM_HOME"] = usual
+    return build_tiny_bundle(tmp_path_factory.mktemp("home"))
 
 
 @dataclass(frozen=True)

