@@ -64,6 +64,7 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
             publish = None if token_is_named() else stack.enter_context(recording())
             # Two CPUs at least: two workers then share the one core of a small machine, slowly.
             ray.init(
+                "local",  # else it goes to what `ray start` noted on this machine, alive or dead
                 num_cpus=max(2, usable_cores()),
                 resources=dict.fromkeys(MODALITIES, 8.0),
                 include_dashboard=False,

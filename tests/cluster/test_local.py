@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -47,3 +49,17 @@ def test_nobody_joins_without_the_token(tmp_path: object) -> None:
         "sifted: True",
         "kept: False []",
     ]
+
+
+def test_a_ray_that_somebody_else_started_is_not_taken_for_ours(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # short, for Ray's sockets lie there
+        note = Path(folder) / "ray" / "ray_current_cluster"
+        note.parent.mkdir()
+        note.write_text("127.0.0.1:1")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= {"HOME": str(tmp_path), "MMLLM_HOME": str(tmp_path), "RAY_TMPDIR": folder}
+        starts = "from cluster.local import local_ray\nwith local_ray(): pass"
+        ran = subprocess.run(
+            [sys.executable, "-c", starts], env=environment, capture_output=True, text=True, timeout=300
+        )
+    assert ran.returncode == 0, ran.stderr[-2000:]

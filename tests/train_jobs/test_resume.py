@@ -124,7 +124,7 @@ def test_a_notice_of_preemption_makes_a_checkpoint_at_once(
 def test_a_run_takes_the_workers_that_there_are(tiny_recipe: TinyRecipe) -> None:
     """With the same conversations, and so nearly the same losses."""
     settings = {"learning_rates": {"connector": 1e-4, "lm": 1e-4}, "workers": 2}
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         with pytest.raises(EnvironmentLack, match="2 workers of 1 CPUs do not fit the 1 CPUs"):
             train(tiny_recipe("too-many", **settings))
