@@ -31,6 +31,7 @@ OPERATIONS = (
     ("DELETE", "/v1/files/{file_id}"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
+    ("GET", "/health"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
     ("GET", "/metrics"),
