@@ -20,6 +20,7 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.errors import ConfigError, EnvironmentLack, ExportError
 from serve_apps.config_files import load_serve_config
 from serve_apps.in_process import serving_in_process
+from serve_apps.space import zero_gpu
 from serve_apps.space.folder import write_space
 from serve_apps.space.page import open_page
 from serve_apps.space.settings import SpaceSettings
@@ -155,10 +156,17 @@ def test_a_space_asks_a_service_elsewhere_and_says_when_it_cannot(bundle: Bundle
         pass
 
 
-def test_a_borrowed_gpu_gives_the_same_answer(bundle: Bundle) -> None:
+def end_of_the_process_that_has_the_gpu(borrowed: ZeroGpuPhi) -> None:
+    """What it keeps for later calls, and here this process would keep."""
+    zero_gpu._loaded(*borrowed._asked).shutdown()
+    zero_gpu._loaded.cache_clear()
+
+
+def test_a_borrowed_gpu_gives_the_same_answer(bundle: Bundle, request: pytest.FixtureRequest) -> None:
     """`spaces.GPU` leaves a function as it is where no GPU is lent, as the stand-in here does."""
     config = load_serve_config("embedded", {"ui": False, "phi.kv_cache_bytes": 60_000_000})
     borrowed = ZeroGpuPhi(bundle, config, lambda function, duration: function)
+    request.addfinalizer(lambda: end_of_the_process_that_has_the_gpu(borrowed))
     told = []
     for phi in (None, borrowed):
         with serving_in_process(bundle, config, phi) as url:
