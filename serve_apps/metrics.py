@@ -1,8 +1,8 @@
 """Every metric of the service, by name: what it counts, its labels and its buckets.
 
 In: a name. Out: a Ray metric, which every node exports at its own port (as `ray_mmllm_...`, counters with `_total`) and
-`serve_apps.metrics_page` gathers for `/metrics`; in a process without Ray, a metric that keeps nothing. Does not know
-who counts what. The autoscaler, which runs where mmllm is not installed, has metrics of its own:
+`serve_apps.metrics_page` gathers for `/metrics`; in a process of no Ray cluster, a metric that keeps nothing. Does not
+know who counts what. The autoscaler, which runs where mmllm is not installed, has metrics of its own:
 `serve_apps.autoscaling`. Of histograms Ray keeps the buckets alone and makes their sums of the buckets' middles, so
 means are taken from counters.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from serve_apps.ray_process import has_ray
+from serve_apps.ray_process import is_connected
 
 if TYPE_CHECKING:
     from ray.serve.metrics import Counter, Gauge, Histogram
@@ -74,7 +74,7 @@ METRICS: dict[str, MetricSpec] = {
 
 def counter(name: str) -> "Counter | Unkept":
     """A counter of `METRICS`."""
-    if not has_ray():
+    if not is_connected():
         return Unkept()
     from ray.serve.metrics import Counter
 
@@ -84,7 +84,7 @@ def counter(name: str) -> "Counter | Unkept":
 
 def gauge(name: str, **labels: str) -> "KeptGauge | Unkept":
     """A gauge of `METRICS`, all of whose labels are given."""
-    if not has_ray():
+    if not is_connected():
         return Unkept()
     from ray.serve.metrics import Gauge
 
@@ -96,7 +96,7 @@ def gauge(name: str, **labels: str) -> "KeptGauge | Unkept":
 
 def histogram(name: str) -> "Histogram | Unkept":
     """A histogram of `METRICS`."""
-    if not has_ray():
+    if not is_connected():
         return Unkept()
     from ray.serve.metrics import Histogram
 
@@ -105,7 +105,7 @@ def histogram(name: str) -> "Histogram | Unkept":
 
 
 class Unkept:
-    """A metric in a process without Ray, where nobody would gather it."""
+    """A metric in a process of no Ray cluster, where nobody would gather it."""
 
     def inc(self, value: float = 1.0, tags: dict[str, str] | None = None) -> None:
         """Count nothing."""
