@@ -36,7 +36,7 @@ test-vllm: $(VLLM)/.installed
 	  tests/mmllm_core/test_vllm_engine.py tests/serve_apps/test_vllm_served.py -k vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/vulture
 
 clean:
 	rm -rf $(VENV) $(VLLM)
