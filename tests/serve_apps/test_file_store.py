@@ -1,8 +1,11 @@
 """Uploaded files on disk: bounds, owners, time, and what a crash leaves behind."""
 
 import os
+import resource
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from mmllm_core.errors import EnvironmentLack
 from mmllm_core.vision import content_key
 from serve_apps.file_store import FileStore, NewFile, StorageFull
 from serve_apps.files_config import FilesConfig
-from serve_apps.stored_file import FEATURES, RECORD, FileMissing, Heard, Seen
+from serve_apps.stored_file import FEATURES, RECORD, FileMissing, HeardText, Seen
 
 FINGERPRINT = "0123456789abcdef"
 FEATURES_OF_IT = np.arange(12, dtype=np.float16).reshape(3, 4)
@@ -202,11 +205,52 @@ def test_damaged_features_are_not_used(tmp_path: Path) -> None:
     assert found.features(FINGERPRINT) is None
 
 
+def sound() -> NewFile:
+    return image(kind="sound", purpose="user_data", perceived=HeardText(fingerprint="one", text="Hello."))
+
+
 def test_a_transcript_is_of_the_model_that_heard_it(tmp_path: Path) -> None:
-    found = store(tmp_path).of("").add(image(kind="sound", purpose="user_data", perceived=Heard("one", "Hello.")))
+    found = store(tmp_path).of("").add(sound())
     assert (found.transcript("one"), found.transcript("other")) == ("Hello.", None)
-    found.keep(Heard("other", "Hallo."))
+    found.keep(HeardText(fingerprint="other", text="Hallo."))
     assert (found.transcript("one"), found.transcript("other")) == (None, "Hallo.")
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file takes more than eight bytes meanwhile, as on a disk that has no more left."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+def test_a_full_disk_takes_no_file_and_nothing_of_it_is_left(tmp_path: Path) -> None:
+    files = store(tmp_path)
+    with full_disk(), pytest.raises(EnvironmentLack, match="cannot be kept"):
+        files.of("").add(image())
+    assert files.of("").list() == []
+    assert {path.name for path in (tmp_path / "files").iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("new", "anew"),
+    [
+        (image(), Seen(content_key("a" * 64, "f" * 16), FEATURES_OF_IT)),
+        (sound(), HeardText(fingerprint="other", text="Hallo.")),
+    ],
+)
+def test_a_full_disk_costs_only_what_was_computed_anew(tmp_path: Path, new: NewFile, anew: Seen | HeardText) -> None:
+    found = store(tmp_path).of("").add(new)
+    with full_disk():
+        found.keep(anew)
+    assert found.content() == b"bytes"
+    assert found.features("f" * 16) is None
+    assert found.transcript("other") is None
+    left = [path.name for path in found.folder.rglob("*") if path.is_file()]
+    assert sorted(name for name in left if name not in {"content", RECORD, "transcript.json"}) == []
 
 
 def test_a_folder_that_cannot_be_written_is_one_named_error(tmp_path: Path) -> None:
