@@ -1,11 +1,8 @@
 """Uploaded files on disk: bounds, owners, time, and what a crash leaves behind."""
 
 import os
-import resource
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from mmllm_core.vision import content_key
 from serve_apps.file_store import FileStore, NewFile, StorageFull
 from serve_apps.files_config import FilesConfig
 from serve_apps.stored_file import FEATURES, RECORD, FileMissing, HeardText, Seen
+from tests.full_disk import full_disk
 
 FINGERPRINT = "0123456789abcdef"
 FEATURES_OF_IT = np.arange(12, dtype=np.float16).reshape(3, 4)
@@ -214,17 +212,6 @@ def test_a_transcript_is_of_the_model_that_heard_it(tmp_path: Path) -> None:
     assert (found.transcript("one"), found.transcript("other")) == ("Hello.", None)
     found.keep(HeardText(fingerprint="other", text="Hallo."))
     assert (found.transcript("one"), found.transcript("other")) == (None, "Hallo.")
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file takes more than eight bytes meanwhile, as on a disk that has no more left."""
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
 def test_a_full_disk_takes_no_file_and_nothing_of_it_is_left(tmp_path: Path) -> None:
