@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.protocol import EngineRequest, SamplingParams
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.errors import ConversationError, DeadlineError, EngineError, SchemaError
@@ -131,11 +132,11 @@ def test_an_engine_that_was_shut_down_ends_requests_and_is_not_healthy(
     engine = start_subject(kind, tiny_lm("llama", **WIDER), tokenizer).engine
     reached, ended = threading.Event(), threading.Event()
 
-    def compile_until_the_end(schema: str) -> None:
+    def compile_until_the_end(grammars: Grammars, schema: str) -> None:
         reached.set()
         ended.wait(60)
 
-    monkeypatch.setattr(engine._grammars, "compile", compile_until_the_end)
+    monkeypatch.setattr(Grammars, "compile", compile_until_the_end)
 
     async def shut_down_midway() -> str | None:
         stream = engine.generate(of_tokens("a", [5, 6], max_tokens=500, temperature=2.0))
