@@ -6,13 +6,15 @@ PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell co
 BIN     := $(VENV)/bin
 VLLM    := $(VENV)-vllm
 
-.PHONY: help install demo serve chat doctor test test-long test-vllm lint clean
+.PHONY: help install demo serve chat doctor test test-long test-vllm lint docs clean
 help:
 	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
 	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
 	@echo "make doctor    what this machine has, and what each lack costs"
 	@echo "make test      run the tests (make test-long: those of minutes each; make test-vllm: with vLLM's CPU build)"
-	@echo "make lint      ruff and mypy        make clean   remove the environment"
+	@echo "make lint      ruff and mypy"
+	@echo "make docs      the documentation as a site, in build/site (ARGS=serve: shown as it is edited)"
+	@echo "make clean     remove the environment"
 
 install: $(VENV)/.installed
 
@@ -37,6 +39,10 @@ test-vllm: $(VLLM)/.installed
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# What does not resolve is an error (strict). The plea for the theme's successor is not for every build.
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet $(or $(ARGS),build)
 
 clean:
 	rm -rf $(VENV) $(VLLM)

@@ -92,3 +92,12 @@ def test_every_make_target_exists(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     said = {name for line in commands(page) for name in re.findall(r"(?:^|&& )make ([a-z][a-z-]*)", line)}
     assert said <= targets
+
+
+def test_the_page_of_commands_names_all() -> None:
+    def names(command: Any, path: str) -> list[str]:
+        inner = getattr(command, "commands", None)
+        return [path] if inner is None else [n for k, c in inner.items() for n in names(c, f"{path} {k}")]
+
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert not [name for name in names(typer.main.get_command(app), "mmllm") if f"`{name}" not in text]
