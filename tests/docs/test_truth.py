@@ -40,7 +40,7 @@ def problem(arguments: list[str]) -> str | None:
     """What is wrong with the arguments of `mmllm`: a command or an option that is not there."""
     command: Any = typer.main.get_command(app)
     words = list(arguments)
-    while hasattr(command, "commands") and words and re.fullmatch(r"[a-z0-9-]+", words[0]):
+    while hasattr(command, "commands") and words and re.fullmatch(r"[a-z][a-z0-9-]*", words[0]):
         if words[0] in AWAITED:
             return None
         if words[0] not in command.commands:
