@@ -12,7 +12,7 @@ import torch
 
 from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.protocol import EngineRequest, SamplingParams
-from mmllm_core.engine.transformers_engine import TransformersEngine
+from mmllm_core.engine.vllm_engine import VllmEngine
 from mmllm_core.errors import ConversationError, DeadlineError, EngineError, SchemaError
 from tests.conftest import TinyLM
 from tests.mmllm_core.engine_subject import (
@@ -31,8 +31,8 @@ from tests.mmllm_core.engine_subject import (
 
 
 def test_what_an_engine_refuses_is_an_error(subject: Subject) -> None:
-    if isinstance(subject.engine, TransformersEngine):
-        pytest.skip("it knows no bounds of penalties")
+    if not isinstance(subject.engine, VllmEngine):
+        pytest.skip("vLLM alone bounds penalties")
     with pytest.raises(EngineError, match="presence_penalty"):
         complete(subject, [5, 6], presence_penalty=100.0)
 
