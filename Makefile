@@ -42,7 +42,7 @@ lint: $(VENV)/.installed-dev
 
 # What does not resolve is an error (strict). The plea for the theme's successor is not for every build.
 docs: $(VENV)/.installed-dev
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet $(or $(ARGS),build)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict)
 
 clean:
 	rm -rf $(VENV) $(VLLM)
