@@ -43,7 +43,7 @@ def require_servable(bundle: Bundle, config: PhiConfig) -> None:
     if bundle.profile.connector.kind == "cross_attention":
         raise ConfigError(
             f"phi.engine: {config.engine}, and the layers of bundle '{bundle.info.name}' look at images themselves "
-            "(cross_attention), which only those of transformers can"
+            "(cross_attention), which they can by one engine alone: take transformers"
         )
     if config.vllm.quantization == "awq" and not _served_as_stored(bundle, config):
         raise ConfigError(
