@@ -204,7 +204,8 @@ def read_clip_config(weights: Path) -> dict[str, Any]:
     """
     path = weights / CLIP_CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read: {error}") from error
 

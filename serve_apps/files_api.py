@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EXPIRES_ANCHOR, EXPIRES_SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 MAX_FILENAME_CHARS = 255
-_PURPOSES = get_args(Purpose)
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 class ListQuery(Body):

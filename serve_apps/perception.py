@@ -101,8 +101,8 @@ class Perceiver:
             ImageError, AudioError: it cannot be used.
         """
         if kind == "image":
-            [seen] = await ask(lambda: self._clip.see.remote([upload]))
-            return seen
+            seen: list[Seen] = await ask(lambda: self._clip.see.remote([upload]))
+            return seen[0]
         text, _ = await self._transcribe(upload)
         return Heard(self._fingerprints.audio, text)
 
@@ -113,7 +113,8 @@ class Perceiver:
             ImageError, BadInput: as `ClipDeployment.embed`.
         """
         given = await all_or_none(_as_it_is(one) if isinstance(one, TypedText) else self._upload(one) for one in inputs)
-        return await ask(lambda: self._clip.embed.remote(given, dimensions))
+        embeddings: Embeddings = await ask(lambda: self._clip.embed.remote(given, dimensions))
+        return embeddings
 
     async def _see_all(self, images: Sequence[ImageSource], traceparent: str) -> Any:
         if not images:

@@ -6,6 +6,7 @@
 Does not know how the run goes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +109,11 @@ def read_inputs(folder: Path, storage: str | None = None) -> RunInputs | None:
         folder: the run's; it is called as the run.
         storage: where the run's checkpoints are, which have a copy, should the folder be lost.
     """
-    for read in (
+    ways: tuple[Callable[[], str], ...] = (
         lambda: (folder / INPUTS).read_text(encoding="utf-8"),
         lambda: read_beside_checkpoints(storage, folder.name, INPUTS) if storage else "",
-    ):
+    )
+    for read in ways:
         try:
             return RunInputs.model_validate_json(read())
         except (OSError, ValueError):

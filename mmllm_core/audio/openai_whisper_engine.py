@@ -62,7 +62,8 @@ class OpenAiWhisperEngine:
     def detect_language(self, samples: NDArray[np.float32]) -> str:
         """As `WhisperEngine.detect_language`."""
         _, [probabilities] = self._model.detect_language(self._mel([samples]))
-        return max(probabilities, key=probabilities.__getitem__)
+        likeliest: str = max(probabilities, key=probabilities.__getitem__)
+        return likeliest
 
     def decode(
         self, windows: Sequence[NDArray[np.float32]], task: SpeechTask, language: str, temperature: float, in_full: bool

@@ -221,7 +221,8 @@ class TransformersEngine:
     def _prompt(self, request: EngineRequest) -> Tensor:
         """Embeddings (t, d_model) of a prompt."""
         if request.embeddings is None:
-            return self._embed(torch.tensor(request.token_ids, device=self._device))
+            embeddings: Tensor = self._embed(torch.tensor(request.token_ids, device=self._device))
+            return embeddings
         if request.embeddings.shape[1:] != self._embed.weight.shape[1:]:
             raise EngineError(
                 f"embeddings of shape {tuple(request.embeddings.shape)} for an LM {self._embed.weight.shape[1]} wide"
