@@ -22,7 +22,7 @@ from mmllm_core.models.resolve import resolve
 from tests.train_jobs.conftest import save_tiny_lm
 from train_jobs.checkpoint import load_weights_alone
 from train_jobs.embed_images import embed_images, embed_recipe
-from train_jobs.evaluate import evaluate
+from train_jobs.evaluate import Asked, evaluate
 from train_jobs.held_out import HeldOutQuestions
 from train_jobs.plan import planned_profile
 from train_jobs.run_record import read_run
@@ -104,7 +104,7 @@ def test_training_leaves_a_bundle_that_opens_and_answers(run: TrainedRun, tmp_pa
     model = bundle.load_model()
     assert model.trainable_names() == set()
     assert bundle.load_vision().fingerprint == bundle.info.feature_fingerprint
-    found = evaluate(bundle, limit=24, workers=1)
+    found = evaluate(bundle, Asked(limit=24), workers=1)
     assert found.scores["all"].asked == found.baseline["all"].asked == 24
     features = StoredFeatures(features_folder(), bundle.info.feature_fingerprint)
     assert found.answers == answer_questions(model, bundle.tokenizer, found.questions, features)
@@ -177,12 +177,12 @@ def test_an_image_that_cannot_be_read_is_one_line_that_names_it(run: TrainedRun,
 def test_evaluating_without_stored_features_computes_them(
     run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_stored = evaluate(run.bundle, limit=4, workers=1)
+    with_stored = evaluate(run.bundle, Asked(limit=4), workers=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "packages").symlink_to(home() / "packages")
     (tmp_path / "other" / "clip").symlink_to(home() / "clip")
     monkeypatch.setenv("MMLLM_HOME", str(tmp_path / "other"))
-    assert evaluate(run.bundle, limit=4, workers=1).answers == with_stored.answers
+    assert evaluate(run.bundle, Asked(limit=4), workers=1).answers == with_stored.answers
 
 
 def test_images_and_text_train_together_packed_and_through_cross_attention(
