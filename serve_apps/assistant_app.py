@@ -90,7 +90,7 @@ class Assistant:
         app.add_middleware(Recorded, config=self.config.observability)  # before the door: what it refuses is told too
         if self.config.ui:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-            from serve_apps.ui import mount_chat_page
+            from serve_apps.chat_page.page import mount_chat_page
 
             mount_chat_page(app, self.config.http.base_url, self._models[0])
         return app

@@ -243,8 +243,9 @@ def test_the_page_hears_and_answers(service: Service, speech: bytes, tmp_path: A
     page = Client(service.base_url, verbose=False, analytics_enabled=False)
     shown = page.predict({"text": "Who?", "files": [handle_file(str(recording))]}, api_name="/chat")
     assert SAID in shown[0]["content"]
-    assert len(shown) == 2
+    assert len(shown) == 3
     assert "metadata" not in shown[1]  # an answer and not a notice
+    assert "tokens" in shown[2]["content"]
 
 
 def test_a_request_keeps_its_id(service: Service) -> None:

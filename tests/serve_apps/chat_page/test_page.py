@@ -17,7 +17,10 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from serve_apps.ui import MAX_FILE_BYTES, QuestionError, explain, mount_chat_page, to_messages, to_reply
+from serve_apps.chat_page.answers import Pace, explain, to_reply
+from serve_apps.chat_page.history import kept, to_json, to_markdown
+from serve_apps.chat_page.messages import MAX_FILE_BYTES, QuestionError, to_messages
+from serve_apps.chat_page.page import mount_chat_page
 
 
 @pytest.fixture
@@ -137,6 +140,53 @@ def test_errors_are_explained_for_a_person() -> None:
     assert "no longer here" in explain(FileNotFoundError("/tmp/x.png"))
 
 
+def test_a_system_prompt_comes_before_all_else() -> None:
+    messages = to_messages([], {"text": "Hi"}, "Be brief.")
+    assert [message["role"] for message in messages] == ["system", "user"]
+    assert [message["role"] for message in to_messages([], {"text": "Hi"}, "  ")] == ["user"]
+
+
+def test_the_pace_counts_tokens_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 10.5, 12.5])
+    monkeypatch.setattr("serve_apps.chat_page.answers.time.monotonic", lambda: next(times))
+    pace = Pace()
+    assert pace.told() == ""
+    pace.note("It", None)
+    pace.note(" is", None)
+    pace.note("", 9)
+    assert pace.told() == "first word after 0.50 s · 9 tokens · 4 tokens/s"
+
+
+def test_a_saved_conversation_names_its_files(picture: Path) -> None:
+    history = [said("user", file_item(picture), "What is this?"), *to_reply(["hm"], "A dot.", "", "first word")]
+    assert to_markdown(history) == (
+        "## You\n\n*Dot.JPG*\n\nWhat is this?\n\n## Assistant\n\n> Heard: hm\n\nA dot.\n\n<small>first word</small>\n"
+    )
+    assert json.loads(to_json(history)) == {
+        "messages": [
+            {"role": "user", "content": "[Dot.JPG]\nWhat is this?"},
+            {"role": "assistant", "content": "A dot."},
+        ]
+    }
+
+
+def test_a_kept_conversation_shows_visitors_files_alone(picture: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    mine = folder / "mine.png"
+    picture.rename(mine)
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    (folder / "link.png").symlink_to(secret)
+    files = [mine, secret, folder / ".." / "secret.png", folder / "link.png", folder / "gone.png"]
+    [shown_again] = kept([said("user", *map(file_item, files), "Hi")], folder)
+    gone = [f"[{name} is no longer here]" for name in ("secret.png", "secret.png", "link.png", "gone.png")]
+    assert shown_again["content"] == [
+        {"type": "file", "file": {"path": str(mine.resolve())}},
+        *(text_item(text) for text in [*gone, "Hi"]),
+    ]
+
+
 @dataclass
 class StandIn:
     """A small HTTP stand-in of the streaming API with the chat page mounted beside it."""
@@ -199,7 +249,8 @@ def ask(client: Client, text: str, *files: Path) -> list[list[dict[str, Any]]]:
 
 
 def shown(reply: list[dict[str, Any]]) -> list[str]:
-    return [message["content"] for message in reply]
+    """What stands in a reply, but for how fast it came."""
+    return [message["content"] for message in reply if message.get("metadata", {}).get("id") != "print"]
 
 
 def test_the_mounted_page_leaves_the_other_routes_alone_and_fetches_nothing_from_elsewhere(stand_in: StandIn) -> None:
@@ -216,7 +267,8 @@ def test_a_conversation_streams_shows_what_was_heard_and_carries_its_history(
 ) -> None:
     client = Client(stand_in.url, verbose=False, analytics_enabled=False)
     states = ask(client, "What colour?", picture)
-    assert [shown(state) for state in states[-2:]] == [["It is "], ["It is red."]]
+    assert [shown(state) for state in states[-3:]] == [["It is "], ["It is red."], ["It is red."]]
+    assert "first word after" in states[-1][-1]["content"]
     assert shown(ask(client, "", recording)[-1]) == ["> Heard: recording 1", "It is red."]
     assert shown(ask(client, "", recording)[-1]) == ["> Heard: recording 2", "It is red."]
     assert shown(ask(client, "refuse")[-1]) == ["⚠️ The assistant could not answer: the picture has no pixels"]
@@ -235,7 +287,7 @@ def send_events(page: StandIn, file: dict[str, Any]) -> list[str]:
     earlier = [{"role": "user", "content": [{"type": "file", "file": file}], "metadata": None, "options": None}]
     example = {"index": 0, "value": {"text": "read", "files": [file]}}
     events: list[tuple[str, list[Any], Any]] = [
-        ("chat", [{"text": "read", "files": [file]}, None], None),
+        ("chat", [{"text": "read", "files": [file]}, None, "stand-in", "", None, None, ""], None),
         ("_pop_last_user_message_1", [earlier], None),
         ("example_clicked", [], example),
     ]
