@@ -64,12 +64,12 @@ class _HeardText(StrictModel):
 
 @dataclass(frozen=True)
 class Seen:
-    """An image's features, float16 (n_patches, d_vision), the key that they are stored under, and where they were found."""
+    """An image's features, float16 (n_patches, d_vision), and the key that they are stored under."""
 
     key: str
     features: NDArray[np.float16]
     tier: str = "computed"
-    """`memory`, `store`, `shared` (computed at that time for another request), or `computed`."""
+    """Where they were found: `memory`, `store`, `shared` (computed at that time for another request), or `computed`."""
 
 
 @dataclass(frozen=True)

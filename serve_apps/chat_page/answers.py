@@ -1,6 +1,7 @@
 """One answer, from the question to what the page shows of it.
 
-In: messages and settings. Out: what was heard, the answer so far and at its end how fast it came, or what went wrong.
+In: a history and settings. Out: what was heard, the answer so far, and at its end how fast it came and which pictures
+had been seen before, or what went wrong.
 Closing the iterator closes the stream, with which the service stops. Does not know Gradio.
 """
 
@@ -8,13 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import openai
 
-from serve_apps.chat_page.messages import HEARD, NOTICE, PRINT, Message, QuestionError, to_messages
+from serve_apps.chat_page.messages import HEARD, NOTICE, PRINT, Message, QuestionError, to_call
+
+SHOWN_EVERY_S = 0.05
+"""How often a page is told of an answer that comes: each time, Gradio goes through the whole conversation."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +39,42 @@ class Settings:
 
 
 async def answer(
-    client: openai.AsyncOpenAI, history: list[Message], question: Message, settings: Settings
-) -> AsyncIterator[list[Message]]:
-    """Ask, and yield all that is to be shown, again and again until it is complete. What fails is shown too."""
+    client: openai.AsyncOpenAI, history: list[Message], settings: Settings
+) -> AsyncGenerator[list[Message], None]:
+    """Ask what `history` ends with, and yield all that is to be shown, again and again until it is complete.
+
+    What fails is shown too.
+    """
     heard: list[str] = []
-    text, notice, pace = "", "", Pace()
+    found: list[str] = []
+    text, notice, pace, shown = "", "", Pace(), 0.0
     try:
-        messages: Any = await asyncio.to_thread(to_messages, history, question, settings.system)
-        recordings = sum(part["type"] == "input_audio" for part in messages[-1]["content"])
+        call = await asyncio.to_thread(to_call, history, settings.system)
+        messages: Any = call.messages
         asked = client.chat.completions.create(
             messages=messages, stream=True, stream_options={"include_usage": True}, **settings.fields
         )
         async with await asked as stream:
             async for chunk in stream:
-                transcripts = (chunk.model_extra or {}).get("transcripts") or []
-                heard += transcripts[-recordings:] if recordings else []  # earlier recordings were sent again
+                extra = chunk.model_extra or {}
+                transcripts = extra.get("transcripts") or []
+                heard += transcripts[-call.recordings :] if call.recordings else []  # earlier ones were sent again
+                found += map(_found, call.pictures, extra.get("images") or [])
                 piece = (chunk.choices[0].delta.content or "") if chunk.choices else ""
                 pace.note(piece, chunk.usage.completion_tokens if chunk.usage else None)
                 text += piece
-                yield to_reply(heard, text)
+                if time.monotonic() >= shown + SHOWN_EVERY_S:
+                    shown = time.monotonic()
+                    yield to_reply(heard, text)
         notice = "" if text else "The answer came back empty. Try again, or ask in another way."
-    except (openai.APIError, OSError, QuestionError) as error:
-        notice = explain(error)
-    yield to_reply(heard, text, notice, pace.told() if text else "")
+    except (openai.APIError, httpx.TransportError, OSError, QuestionError) as error:
+        notice = explain(error, str(client.base_url))
+    yield to_reply(heard, text, notice, " · ".join([*pace.told(), *found]) if text else "")
+
+
+def _found(name: str, tier: str) -> str:
+    """Whether a picture was looked at for this answer, or what was seen before was used again."""
+    return f"`{name.replace('`', '')}` {'seen now' if tier == 'computed' else f'seen before ({tier})'}"
 
 
 class Pace:
@@ -74,16 +92,16 @@ class Pace:
             self._last = time.monotonic()
             self._first = self._first or self._last
 
-    def told(self) -> str:
-        """In words, or "" before the first word."""
+    def told(self) -> list[str]:
+        """In words; nothing before the first token."""
         if self._first is None:
-            return ""
-        facts = [f"first word after {self._first - self._asked:.2f} s"]
+            return []
+        facts = [f"first token after {self._first - self._asked:.2f} s"]
         if self._tokens:
             facts.append(f"{self._tokens} token{'s' * (self._tokens > 1)}")
         if self._tokens and self._tokens > 1 and self._last > self._first:
             facts.append(f"{(self._tokens - 1) / (self._last - self._first):.0f} tokens/s")
-        return " · ".join(facts)
+        return facts
 
 
 def to_reply(heard: list[str], text: str, notice: str = "", pace: str = "") -> list[Message]:
@@ -102,21 +120,19 @@ def to_reply(heard: list[str], text: str, notice: str = "", pace: str = "") -> l
     ]
 
 
-def explain(error: Exception) -> str:
-    """Say for a person what went wrong and what to do; what the service says of it is told as it is."""
+def explain(error: Exception, base_url: str) -> str:
+    """Say what went wrong; what the service says of it is told as it is, with the status of HTTP."""
     match error:
+        case openai.APIStatusError(body={"message": str(detail)}) if detail:
+            return f"{error.status_code}: {detail}"
+        case openai.APIStatusError():
+            return f"{error.status_code}: {error.response.text[:500] or error.response.reason_phrase}"
         case openai.APITimeoutError():
-            return "The assistant took too long to answer. Try again, or ask for something shorter."
-        case openai.APIConnectionError():
-            return "The connection to the assistant failed. Try again in a moment."
-        case openai.RateLimitError(body={"code": "rate_limit_exceeded", "message": str(detail)}):
-            return f"Too much at a time: {detail}"
-        case openai.APIStatusError(status_code=429 | 502 | 503 | 504):
-            return "The assistant is busy or still starting. Try again in a moment."
-        case openai.APIError(body={"message": str(detail)}) if detail:
-            return f"The assistant could not answer: {detail}"
+            return f"{base_url} did not answer in time. Try again, or ask for something shorter."
+        case openai.APIConnectionError() | httpx.TransportError():
+            return f"The connection to {base_url} failed. Try again in a moment."
         case openai.APIError():
-            return "The assistant could not answer this. Try again, or ask in another way."
+            return error.message
         case OSError():
             return "A file of this conversation is no longer here. Start a new chat and add it again."
         case _:

@@ -25,12 +25,9 @@ class Dictation:
     """One recording.
 
     Attributes:
-        before: what stood in the box when it began.
         heard: the words so far.
     """
 
-    before: str = ""
-    files: list[Any] = field(default_factory=list)
     heard: str = ""
     _pieces: list[npt.NDArray[np.int16]] = field(default_factory=list)
     _rate: int = _RATE
@@ -40,11 +37,6 @@ class Dictation:
     def seconds(self) -> float:
         """How much was recorded."""
         return sum(len(piece) for piece in self._pieces) / self._rate
-
-    @property
-    def text(self) -> str:
-        """What belongs into the box now."""
-        return f"{self.before} {self.heard}".strip()
 
     def add(self, rate: int, samples: npt.NDArray[Any]) -> None:
         """Take the next piece, mono or stereo, up to `MAX_SECONDS` in all."""

@@ -1,33 +1,51 @@
-"""How the chat page looks: theme, CSS, and the little script that saves a file."""
+"""How the chat page looks: theme and CSS, and the little scripts that Gradio lacks."""
+
+from pathlib import Path
 
 import gradio as gr
 
 FONTS, MONO = ["system-ui", "Segoe UI", "sans-serif"], ["ui-monospace", "Menlo", "monospace"]
 
 CSS = """
+footer {display: none !important}
 .examples .example {border: 1px solid var(--border-color-primary); border-radius: 10px}
 .message .prose blockquote {margin: 0 !important}
 .message small {color: var(--body-text-color); opacity: .85}
+#conversation {border: none; background: none}
+#conversation .top-panel {display: none}
 #message {border: 1px solid var(--border-color-primary); border-radius: 16px}
 .sidebar h1 {margin: 0; font-size: 1.25rem}
-.sidebar table, .sidebar tbody, .sidebar tr, .sidebar td {display: block; width: 100%; border: none; text-align: left}
-.sidebar td {padding: 6px 10px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
-.sidebar .table-wrap {border: none}
 """
 
+CHATS_HTML = '<nav aria-label="Conversations"><ul></ul><p role="status"></p></nav>'
+CHATS_CSS = """
+ul {list-style: none; margin: 0; padding: 0; max-height: 50vh; overflow-y: auto}
+li {display: flex; margin: 0; padding: 0}
+button {padding: 8px 10px; border-radius: 8px; color: var(--body-text-color)}
+button:hover, button[aria-current] {background: var(--border-color-primary)}
+.pick {flex: 1; min-width: 0; text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
+p {margin: 4px 0; font-size: .8rem}
+"""
+CHATS_JS = (Path(__file__).parent / "chats.js").read_text(encoding="utf-8")
+
+OPEN_CHAT = """() => {
+    const id = sessionStorage.getItem("mmllm-open-chat");
+    return [{id, ...JSON.parse(id && localStorage.getItem("mmllm-chat-" + id))}];
+}"""
+"""The conversation that this tab showed before it was loaded again."""
+
+SHOW_SIDEBAR = """() => ({open: window.innerWidth >= 768, __type__: "update"})"""
+
 HEAD = """<meta name="color-scheme" content="light dark"><script>
-let isFolded = window.innerWidth >= 768;
 new MutationObserver(() => {
     const name = (selector, label) =>
         document.querySelector(selector + ":not([aria-label])")?.setAttribute("aria-label", label);
     name("#message textarea", "Your message");
     name("#message .submit-button", "Send");
     document.querySelector(".examples[role=list]")?.setAttribute("role", "group");
-    const toggle = document.querySelector(".sidebar.open .toggle-button");
-    if (toggle && !isFolded) { isFolded = true; toggle.click(); }
-}).observe(document, {childList: true, subtree: true, attributes: true, attributeFilter: ["class"]});
+}).observe(document, {childList: true, subtree: true});
 </script>"""
-"""Names the box and its button for screen readers, which Gradio does not; on a phone folds the sidebar, once."""
+"""Names the box and its button for screen readers, which Gradio does not."""
 
 DOWNLOAD = """(text) => {
     const link = document.createElement("a");
@@ -37,6 +55,12 @@ DOWNLOAD = """(text) => {
     URL.revokeObjectURL(link.href);
 }"""
 """Lets the browser save a text as the file NAME."""
+
+ADD_WORDS = """(box, words) => [
+    words ? {...box, text: [box?.text?.trimEnd(), words].filter(Boolean).join(" "), files: box?.files ?? []} : box,
+    "",
+]"""
+"""Puts what was said behind what stands in the box at that moment, whatever was typed meanwhile."""
 
 
 def theme() -> gr.themes.Base:

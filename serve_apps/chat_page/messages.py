@@ -1,12 +1,17 @@
 """What is on the page as messages of the API.
 
-In: Gradio's history and the new question. Out: OpenAI's messages, pictures and recordings in base64. Files are read
-that Gradio handed over, no others. Does not know HTTP.
+In: Gradio's history, which ends with a question. Out: OpenAI's messages, pictures and recordings in base64. Files are
+read that Gradio handed over, no others. Does not know HTTP.
+
+A question is one or more entries of the user's in a row: each file is one of its own, so that editing a text leaves the
+files beside it alone.
 """
 
 from __future__ import annotations
 
 import base64
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +30,64 @@ class QuestionError(MmllmError):
     """A question that the page cannot send: empty, too large, or of a kind that nobody here reads."""
 
 
-def to_messages(history: list[Message], new_message: Message, system: str = "") -> list[Message]:
-    """Turn the page's history and the new `{"text", "files"}` into API messages.
+@dataclass(frozen=True)
+class Call:
+    """One request.
 
-    Turns without an answer (refused, failed, stopped early) are left out, so one bad file cannot spoil the rest.
+    Attributes:
+        messages: OpenAI's.
+        pictures: names of all pictures in it, in order.
+        recordings: how many the question itself has; they come last.
+    """
+
+    messages: list[Message]
+    pictures: list[str]
+    recordings: int
+
+
+def question_of(message: Message | None) -> list[Message]:
+    """What stands in the box, `{"text", "files"}`, as entries of the history; none if it is empty."""
+    text, files = ((message or {}).get(name) for name in ("text", "files"))
+    paths = [file["path"] if isinstance(file, dict) else file for file in files or []]
+    contents: list[Any] = [{"path": path} for path in paths]
+    contents += [text] if text and text.strip() else []
+    return [{"role": "user", "content": content} for content in contents]
+
+
+def to_call(history: list[Message], system: str = "") -> Call:
+    """Turn the page's history into a request.
+
+    Questions without an answer (refused, failed, stopped early) are left out, so one bad file cannot spoil the rest.
 
     Args:
         system: what the assistant is told before all else, if anything.
 
     Raises:
-        QuestionError: there is nothing to send, or a file that cannot be sent.
+        QuestionError: a file that cannot be sent.
         OSError: a file of the conversation is gone.
     """
     messages: list[Message] = [{"role": "system", "content": system}] if system.strip() else []
-    asked: Any = None
-    for entry in history:
-        if is_added(entry):
-            continue
-        if entry["role"] == "user":
-            asked = entry["content"]
-        elif asked and (text := text_of(entry["content"])):
-            messages += [{"role": "user", "content": _to_parts(asked)}, {"role": "assistant", "content": text}]
-            asked = None
-    files = [file if isinstance(file, dict) else {"path": file} for file in new_message.get("files") or []]
-    question = _to_parts([*files, new_message.get("text") or ""])
-    if not question:
-        raise QuestionError("Type a question, or add a picture or a recording.")
-    return [*messages, {"role": "user", "content": question}]
+    pictures: list[str] = []
+    question: list[str | Path] = []
+    for role, entries in groupby(history, key=lambda entry: entry["role"]):
+        if role == "user":
+            question = [item for entry in entries for item in items_of(entry["content"])]
+        elif text := "".join(text_of(entry["content"]) for entry in entries if not is_added(entry)):
+            messages += [_asked(question), {"role": "assistant", "content": text}]
+            pictures += _pictures(question)
+    messages.append(_asked(question))
+    recordings = sum(part["type"] == "input_audio" for part in messages[-1]["content"])
+    return Call(messages, pictures + _pictures(question), recordings)
 
 
 def is_added(entry: Message) -> bool:
     """Whether the page itself added this to an answer."""
-    return (entry.get("metadata") or {}).get("id") in (HEARD, NOTICE, PRINT)
+    return kind_of(entry) in (HEARD, NOTICE, PRINT)
+
+
+def kind_of(entry: Message) -> str | None:
+    """The metadata id of an entry."""
+    return (entry.get("metadata") or {}).get("id")
 
 
 def items_of(content: Any) -> list[str | Path]:
@@ -77,14 +108,13 @@ def text_of(content: Any) -> str:
     return "".join(item for item in items_of(content) if isinstance(item, str))
 
 
-def _to_parts(content: Any) -> list[Message]:
-    parts: list[Message] = []
-    for item in items_of(content):
-        if isinstance(item, Path):
-            parts.append(_file_part(item))
-        elif item.strip():
-            parts.append({"type": "text", "text": item})
-    return parts
+def _asked(question: list[str | Path]) -> Message:
+    parts = [_file_part(item) if isinstance(item, Path) else {"type": "text", "text": item} for item in question]
+    return {"role": "user", "content": parts}
+
+
+def _pictures(question: list[str | Path]) -> list[str]:
+    return [item.name for item in question if isinstance(item, Path) and item.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def _file_part(path: Path) -> Message:

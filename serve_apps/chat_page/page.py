@@ -1,54 +1,44 @@
 """The chat page: text, pictures and speech in one box, streamed answers out.
 
-In: what a person types, uploads or records in the browser. Out: requests to the API at a base URL with the stock
-`openai` client, and a conversation on the page. Conversations and settings are kept in the browser; of pictures and
-recordings the browser keeps the names under which this page's server holds them for `KEPT_S`.
+In: what a person types, uploads or says in the browser. Out: requests to the API at a base URL with the stock `openai`
+client, and a conversation on the page. Conversations and settings are kept in the browser; pictures and recordings on
+this page's server, for `KEPT_S` at most and until it ends.
 
 It knows the HTTP API only: no model, no Ray, no file that Gradio did not hand over. Each request carries the whole
-conversation, earlier pictures and recordings included.
+conversation, earlier pictures and recordings included. Here is what stands where, and what sets off what.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import openai
 from fastapi import FastAPI
-from gradio.processing_utils import save_file_to_cache, save_pil_to_cache
-from gradio.utils import get_upload_folder
-from PIL import Image, ImageDraw
 
-from serve_apps.chat_page.answers import Settings, answer, explain
+from serve_apps.chat_page import look
 from serve_apps.chat_page.dictation import MAX_SECONDS, Dictation
-from serve_apps.chat_page.history import kept, to_json, to_markdown
-from serve_apps.chat_page.look import CSS, DOWNLOAD, HEAD, theme
-from serve_apps.chat_page.messages import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MAX_FILE_BYTES, Message
-from serve_apps.credentials import presented_key
+from serve_apps.chat_page.history import to_json, to_markdown
+from serve_apps.chat_page.messages import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MAX_FILE_BYTES
+from serve_apps.chat_page.talk import Shown, Talk, welcome
 
 KEPT_S = 7 * 24 * 3600
 QUEUE_LOOKS_S = 0.03  # how long a question waits at most until it is taken
-STORAGE = {"secret": "mmllm-chat-page", "storage_key": "mmllm-chats"}
-"""The same for every start of the server, so that the browser finds its conversations again. What is stored lies in the
+SECRET = "mmllm-chat-page"
+"""The same for every start of the server, so that the browser finds its settings again. What is stored lies in the
 visitor's own browser; the secret, which every visitor can read, guards nothing."""
 
 PAGE_OPTIONS: dict[str, Any] = {  # the look and the limits, for `gr.mount_gradio_app` and `Blocks.launch` alike
-    "theme": theme(),
-    "css": CSS,
-    "head": HEAD,
+    "theme": look.theme(),
+    "css": look.CSS,
+    "head": look.HEAD,
     "max_file_size": MAX_FILE_BYTES,
     "footer_links": [],
     "run_history": False,
     "ssr_mode": False,
     "show_error": False,
 }
-ABOUT = """**{model}** answers; CLIP sees and Whisper hears for it. Answers can be wrong.
-
-The *embedded* model is small, for trying things out: it tells shape and colour of one simple drawing, understands
-clear English speech, and answers short everyday questions. It cannot read text in pictures, tell what a photo shows,
-count, calculate or know the news. The *phi* profile sees photos and answers at length."""
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
 def build_chat_page(base_url: str, model: str, api_key: str = "not-needed") -> gr.Blocks:
@@ -56,15 +46,13 @@ def build_chat_page(base_url: str, model: str, api_key: str = "not-needed") -> g
 
     It asks with the key that a visitor typed, else the one with which the page itself was asked for, else `api_key`.
     """
-    page = _Page(
-        openai.AsyncOpenAI(
-            base_url=f"{base_url.rstrip('/')}/v1",
-            api_key=api_key,
-            timeout=openai.Timeout(300, connect=5),
-            max_retries=1,
-        ),
-        model,
+    client = openai.AsyncOpenAI(
+        base_url=f"{base_url.rstrip('/')}/v1",
+        api_key=api_key,
+        timeout=openai.Timeout(300, connect=5),
+        max_retries=1,
     )
+    page = _Page(Talk(client, model)).blocks
     # Gradio skips its check that a visitor's file was uploaded here until `launch`, which a mounted page never reaches.
     page.has_launched = True
     # It looks for questions a thousand times a second, which took the ingress a third of its interpreter's time.
@@ -77,117 +65,91 @@ def mount_chat_page(app: FastAPI, base_url: str, model: str, path: str = "/", ap
     return gr.mount_gradio_app(app, build_chat_page(base_url, model, api_key), path=path, **PAGE_OPTIONS)
 
 
-class _Page(gr.ChatInterface):
-    """Gradio's chat, with one sidebar for conversations, settings and export, and with dictation under the box."""
+class _Page:
+    """A sidebar with conversations and settings; beside it the conversation, and the box under it."""
 
-    def __init__(self, client: openai.AsyncOpenAI, model: str):
-        self._client = client
-        self._model = model
-        self._settings = [
-            gr.Dropdown([model], value=model, label="Model", allow_custom_value=True, render=False),
-            gr.Textbox(label="System prompt", placeholder="none", lines=2, max_length=20_000, render=False),
-            gr.Number(None, label="Temperature", placeholder="as served", minimum=0, maximum=2, step=0.1, render=False),
-            gr.Number(None, label="Tokens at most", placeholder="as served", minimum=1, precision=0, render=False),
-            gr.Textbox(label="API key", type="password", placeholder="none", max_length=1000, render=False),
-        ]
-        super().__init__(
-            self._chat,
-            multimodal=True,
-            title="mmllm",
-            chatbot=gr.Chatbot(
+    def __init__(self, talk: Talk):
+        self._talk = talk
+        with gr.Blocks(
+            title="mmllm", analytics_enabled=False, fill_height=True, fill_width=True, delete_cache=(600, KEPT_S)
+        ) as self.blocks:
+            with gr.Sidebar(label="Conversations and settings", width=290, open=False) as sidebar:
+                gr.Markdown("# mmllm")
+                self._new = gr.Button("New chat", variant="primary")
+                self._chats = gr.HTML(
+                    html_template=look.CHATS_HTML, css_template=look.CHATS_CSS, js_on_load=look.CHATS_JS
+                )
+                self._settings, self._keep_key = self._place_settings()
+                with gr.Row():
+                    exports = gr.Button("Save as Markdown", size="sm"), gr.Button("Save as JSON", size="sm")
+            self._talked = gr.Chatbot(
                 label="Conversation",
                 show_label=False,
+                elem_id="conversation",
                 scale=1,
+                height="100%",
                 feedback_options=None,
+                editable="user",
                 buttons=["copy"],
-                placeholder=f"### What shall we look at?\n\n{ABOUT.format(model=model)}",
-            ),
-            textbox=gr.MultimodalTextbox(
+            )
+            self._box = gr.MultimodalTextbox(
                 label="Your message",
+                show_label=False,
                 elem_id="message",
-                sources=["upload", "microphone"],
+                sources=["upload"],
                 file_types=[*IMAGE_SUFFIXES, *AUDIO_SUFFIXES],
                 file_count="multiple",
-                placeholder="Ask something. Add a picture, or speak.",
+                placeholder="Ask something. Drop pictures or recordings here, or speak.",
                 max_plain_text_length=100_000,
-                stop_btn=True,
                 autofocus=True,
-            ),
-            additional_inputs=self._settings,
-            editable=True,
-            save_history=True,
-            examples=[[example] for example in _examples()],
-            cache_examples=False,
-            concurrency_limit=None,
-            delete_cache=(600, KEPT_S),
-            analytics_enabled=False,
-            api_name="chat",
-        )
-        self.saved_conversations.secret, self.saved_conversations.storage_key = (
-            STORAGE["secret"],
-            STORAGE["storage_key"],
-        )
-        with self:
-            self._remember_settings()
-            self._remember_open_chat()
-            self._take_dictation()
-            for button, written, name in self._exports:
-                button.click(
-                    written, [self.chatbot_state], [self._written], queue=False, api_visibility="private"
-                ).then(None, [self._written], None, js=DOWNLOAD.replace("NAME", name))
-
-    def _render_header(self) -> None:
-        """None: the conversation has the room; name and explanation stand where it is empty."""
-
-    def _render_history_area(self) -> None:
-        with gr.Sidebar(label="Conversations and settings", width=280):
-            gr.Markdown("# mmllm")
-            super()._render_history_area()
-            with gr.Accordion("Settings", open=False):
-                for component in self._settings:
-                    component.render()
-                self._keep_key = gr.Checkbox(False, label="Keep the key in this browser")
-            with gr.Row():
-                markdown, json = gr.Button("Save as Markdown", size="sm"), gr.Button("as JSON", size="sm")
-            self._exports = [(markdown, to_markdown, "chat.md"), (json, to_json, "chat.json")]
-            self._written = gr.Textbox(visible=False)
-
-    def _render_footer(self) -> None:
-        super()._render_footer()
-        with gr.Accordion("Dictate", open=False):
-            self._microphone = gr.Audio(
-                sources=["microphone"],
-                streaming=True,
-                label=f"Words appear in the box while you speak, {MAX_SECONDS} s",
             )
+            self._microphone = gr.Audio(
+                sources=["microphone"], streaming=True, label="Speak", show_label=False, elem_id="microphone"
+            )
+            self._words = gr.Textbox(label="Heard so far", interactive=False, visible=False, elem_id="words")
+            self._chat = gr.Textbox("", visible=False)  # id of the open conversation
+            self._shown = [self._box, self._talked, self._chat, self._chats]
+            self._converse()
+            self._remember_settings()
+            self._dictate()
+            self._export(exports)
+            self.blocks.load(None, None, [sidebar], js=look.SHOW_SIDEBAR, **QUIET)
 
-    def _clear_and_save_textbox(self, message: Message) -> tuple[gr.MultimodalTextbox, Message]:
-        return gr.MultimodalTextbox("", interactive=False), message  # Gradio would drop the placeholder too
+    def _place_settings(self) -> tuple[list[Any], gr.Checkbox]:
+        with gr.Accordion("Settings", open=False):
+            settings = [
+                gr.Dropdown([self._talk.model], value=self._talk.model, label="Model", allow_custom_value=True),
+                gr.Textbox(label="System prompt", placeholder="none", lines=2, max_length=20_000),
+                gr.Number(None, label="Temperature", placeholder="as served", minimum=0, maximum=2, step=0.1),
+                gr.Number(None, label="Tokens at most", placeholder="as served", minimum=1, precision=0),
+                gr.Textbox(label="API key", type="password", placeholder="none", max_length=1000),
+            ]
+            return settings, gr.Checkbox(False, label="Keep the key in this browser")
 
-    def _load_conversation(self, index: int, conversations: list[list[Message]]) -> tuple[int, gr.Chatbot]:
-        return index, gr.Chatbot(value=kept(conversations[index], Path(get_upload_folder())))
+    def _converse(self) -> None:
+        talk, shown = self._talk, self._shown
+        state = [self._talked, self._chat, *self._settings]
+        asking: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "trigger_mode": "once"}
+        answers = [
+            self._box.submit(talk.ask, [self._box, *state], shown, api_name="chat", **asking),
+            self._talked.retry(talk.ask_again, state, shown, api_visibility="private", **asking),
+            self._talked.edit(talk.ask_edited, state, shown, api_visibility="private", **asking),
+            self._talked.example_select(talk.ask_example, state, shown, api_visibility="private", **asking),
+        ]
+        ending: dict[str, Any] = {"cancels": answers, "queue": False, **QUIET}
+        self._box.stop(talk.stopped, [self._talked, self._chat], shown, **ending)
+        gr.on([self._new.click, self._chats.clear, self._talked.clear], talk.new, None, shown, **ending)
+        self._chats.select(self._open_picked, None, shown, **ending)
+        self.blocks.load(self._open_latest, [self._chats], shown, js=look.OPEN_CHAT, queue=False, **QUIET)
 
-    def _asking(self, typed_key: str | None, request: gr.Request) -> openai.AsyncOpenAI:
-        key = typed_key or presented_key(request.headers.get("authorization", ""), or_password=True)
-        return self._client.with_options(api_key=key) if key else self._client
+    def _open_picked(self, event: gr.EventData) -> Shown:
+        return self._talk.opened(event._data)
 
-    async def _chat(
-        self,
-        message: Message,
-        history: list[Message],
-        request: gr.Request,
-        model: str | None = None,
-        system: str | None = None,
-        temperature: float | None = None,
-        max_tokens: int | None = None,
-        api_key: str | None = None,
-    ) -> AsyncIterator[list[Message]]:
-        settings = Settings(model or self._model, system or "", temperature, max_tokens)
-        async for reply in answer(self._asking(api_key, request), history, message, settings):
-            yield reply
+    def _open_latest(self, kept: Any) -> Shown:
+        return self._talk.opened(kept)
 
     def _remember_settings(self) -> None:
-        stored = gr.BrowserState({}, storage_key="mmllm-settings", secret=STORAGE["secret"])
+        stored = gr.BrowserState({}, storage_key="mmllm-settings", secret=SECRET)
         all_settings = [*self._settings, self._keep_key]
 
         def keep(*values: Any) -> dict[str, Any]:
@@ -196,85 +158,53 @@ class _Page(gr.ChatInterface):
 
         async def restore(stored: dict[str, Any], request: gr.Request) -> list[Any]:
             key = stored.get("key") or ""
-            try:
-                names = [entry.id async for entry in self._asking(key, request).models.list()]
-            except openai.APIError:
-                names = []  # what is wrong is told with the first answer
-            names = names or [self._model]
+            names, profile = await self._talk.served(key, request)
+            shown = welcome(names[0], profile)
             if "settings" not in stored:  # a first visit: what is typed meanwhile shall stay
-                return [gr.Dropdown(names), *[gr.skip()] * 5]
-            model, system, temperature, max_tokens = stored["settings"]
+                return [shown, gr.Dropdown(names), *[gr.skip()] * 5]
+            model, *others = stored["settings"]
             chosen = model if model in names else names[0]
-            return [gr.Dropdown(names, value=chosen), system, temperature, max_tokens, key, bool(stored.get("keeps"))]
+            return [shown, gr.Dropdown(names, value=chosen), *others, key, bool(stored.get("keeps"))]
 
-        self.load(restore, [stored], all_settings, api_visibility="private", show_progress="hidden")
+        self.blocks.load(restore, [stored], [self._talked, *all_settings], **QUIET)
         for component in all_settings:
-            component.input(keep, all_settings, [stored], queue=False, api_visibility="private", show_progress="hidden")
+            component.input(keep, all_settings, [stored], queue=False, **QUIET)
 
-    def _remember_open_chat(self) -> None:
-        opened = gr.BrowserState(None, storage_key="mmllm-open-chat", secret=STORAGE["secret"])
-
-        def reopen(index: int | None, chats: list[list[Message]] | None) -> tuple[Any, ...]:
-            if index is None or not chats or not 0 <= index < len(chats):
-                return None, [], []
-            chat = kept(chats[index], Path(get_upload_folder()))
-            return index, chat, chat
-
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        self.load(
-            reopen,
-            [opened, self.saved_conversations],
-            [self.conversation_id, self.chatbot, self.chatbot_value],
-            **quiet,
-        )
-        self.conversation_id.change(lambda index: index, [self.conversation_id], [opened], queue=False, **quiet)
-
-    def _take_dictation(self) -> None:
-        taking = gr.State(None)
+    def _dictate(self) -> None:
+        taken = gr.State(None)
         key = self._settings[-1]
 
-        def begin(message: Message | None) -> Dictation:
-            return Dictation((message or {}).get("text") or "", (message or {}).get("files") or [])
-
-        async def write(taking: Dictation | None, api_key: str, request: gr.Request) -> tuple[Any, Dictation]:
-            taking = taking or Dictation()
-            try:
-                await taking.hear(self._asking(api_key, request))
-            except openai.APIError as error:
-                gr.Warning(explain(error))
-            return {"text": taking.text, "files": taking.files}, taking
+        async def write(request: gr.Request, taken: Dictation | None, key: str) -> tuple[Any, Dictation]:
+            taken = taken or Dictation()
+            await taken.hear(self._talk.asking(key, request))
+            return gr.Textbox(taken.heard, visible=True), taken
 
         async def listen(
-            sound: tuple[int, Any] | None, taking: Dictation | None, api_key: str, request: gr.Request
+            request: gr.Request, sound: tuple[int, Any] | None, taken: Dictation | None, key: str
         ) -> tuple[Any, Dictation]:
-            taking = taking or Dictation()
+            taken = taken or Dictation()
             if sound is not None:
-                taking.add(*sound)
-            return await write(taking, api_key, request) if taking.may_hear else (gr.skip(), taking)
+                taken.add(*sound)
+            return await write(request, taken, key) if taken.may_hear else (gr.skip(), taken)
 
-        microphone, box = self._microphone, self.textbox
-        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        microphone.start_recording(begin, [box], [taking], queue=False, **quiet)
+        microphone = self._microphone
+        microphone.start_recording(lambda: Dictation(), None, [taken], queue=False, **QUIET)
         microphone.stream(
             listen,
-            [microphone, taking, key],
-            [box, taking],
+            [microphone, taken, key],
+            [self._words, taken],
             stream_every=1,
             time_limit=MAX_SECONDS,
             concurrency_limit=None,
-            **quiet,
+            **QUIET,
         )
-        microphone.stop_recording(write, [taking, key], [box, taking], concurrency_limit=None, **quiet)
+        microphone.stop_recording(write, [taken, key], [self._words, taken], concurrency_limit=None, **QUIET).then(
+            None, [self._box, self._words], [self._box, self._words], js=look.ADD_WORDS, **QUIET
+        ).then(lambda: gr.Textbox(visible=False), None, [self._words], queue=False, **QUIET)
 
-
-def _examples() -> list[Message]:
-    folder = get_upload_folder()
-    picture = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(picture).polygon([(32, 8), (58, 54), (6, 54)], fill="blue")
-    triangle = save_pil_to_cache(picture, folder, name="triangle", format="png")
-    examples: list[Message] = [{"text": "What colour is the triangle?", "files": [triangle]}]
-    examples.append({"text": "Why is the sky blue?", "files": []})
-    voice = Path(gr.__file__).parent / "media_assets" / "audio" / "heath_ledger.mp3"
-    if voice.is_file():
-        examples.append({"text": "What does the speaker say?", "files": [save_file_to_cache(voice, folder)]})
-    return examples
+    def _export(self, buttons: tuple[gr.Button, gr.Button]) -> None:
+        written = gr.Textbox(visible=False)
+        for button, write, name in zip(buttons, (to_markdown, to_json), ("chat.md", "chat.json"), strict=True):
+            button.click(write, [self._talked], [written], queue=False, **QUIET).then(
+                None, [written], None, js=look.DOWNLOAD.replace("NAME", name)
+            )
