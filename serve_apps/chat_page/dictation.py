@@ -26,9 +26,11 @@ class Dictation:
 
     Attributes:
         heard: the words so far.
+        failed: whether the service could not write it down.
     """
 
     heard: str = ""
+    failed: bool = False
     _pieces: list[npt.NDArray[np.int16]] = field(default_factory=list)
     _rate: int = _RATE
     _spent_s: float = 0.0
@@ -48,25 +50,29 @@ class Dictation:
 
     @property
     def may_hear(self) -> bool:
-        """Whether the service keeps up; where it is slower than speech, a piece waits for the next."""
-        return self.seconds >= 0.5 and self._spent_s <= self.seconds
+        """Whether the service hears, and keeps up; where it is slower than speech, a piece waits for the next."""
+        return not self.failed and self.seconds >= 0.5 and self._spent_s <= self.seconds
 
     async def hear(self, client: openai.AsyncOpenAI) -> None:
-        """Write down all of it.
+        """Write down all of it, unless that has failed before.
 
         Raises:
             openai.APIError: the service does not answer, or refuses.
         """
-        if not self._pieces:
+        if self.failed or not self._pieces:
             return
         begun = time.monotonic()
         try:
-            reply = await client.audio.transcriptions.create(model="whisper-1", file=("speech.wav", self._wav()))
+            reply = await client.audio.transcriptions.create(model="whisper-1", file=("speech.wav", self.wav()))
+        except openai.APIError:
+            self.failed = True
+            raise
         finally:
             self._spent_s += time.monotonic() - begun
         self.heard = reply.text.strip()
 
-    def _wav(self) -> bytes:
+    def wav(self) -> bytes:
+        """The recording as a file."""
         stream = io.BytesIO()
         with wave.open(stream, "wb") as file:
             file.setnchannels(1)

@@ -8,11 +8,13 @@ FONTS, MONO = ["system-ui", "Segoe UI", "sans-serif"], ["ui-monospace", "Menlo",
 
 CSS = """
 footer {display: none !important}
-.examples .example {border: 1px solid var(--border-color-primary); border-radius: 10px}
-.message .prose blockquote {margin: 0 !important}
-.message small {color: var(--body-text-color); opacity: .85}
-#conversation {border: none; background: none}
-#conversation .top-panel {display: none}
+#conversation, #microphone, .form:has(#message), .form:has(#words) {width: 100%; max-width: 56rem; margin: 0 auto}
+.form:has(#message), .form:has(#words) {border: none; background: none; box-shadow: none}
+#conversation, #microphone {border-width: 0 !important; background: none; box-shadow: none}
+#conversation .top-panel, #conversation [aria-label=Share], #microphone .icon-button-wrapper {display: none}
+#conversation .examples .example {border: 1px solid var(--border-color-primary); border-radius: 10px}
+#conversation .prose blockquote {margin: 0 !important}
+#conversation small {color: var(--body-text-color); opacity: .85}
 #message {border: 1px solid var(--border-color-primary); border-radius: 16px}
 .sidebar h1 {margin: 0; font-size: 1.25rem}
 """
@@ -21,7 +23,7 @@ CHATS_HTML = '<nav aria-label="Conversations"><ul></ul><p role="status"></p></na
 CHATS_CSS = """
 ul {list-style: none; margin: 0; padding: 0; max-height: 50vh; overflow-y: auto}
 li {display: flex; margin: 0; padding: 0}
-button {padding: 8px 10px; border-radius: 8px; color: var(--body-text-color)}
+button {padding: 8px 10px; border-radius: 8px; color: var(--body-text-color); font-weight: 400; box-shadow: none}
 button:hover, button[aria-current] {background: var(--border-color-primary)}
 .pick {flex: 1; min-width: 0; text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 p {margin: 4px 0; font-size: .8rem}
@@ -56,9 +58,13 @@ DOWNLOAD = """(text) => {
 }"""
 """Lets the browser save a text as the file NAME."""
 
-ADD_WORDS = """(box, words) => [
-    words ? {...box, text: [box?.text?.trimEnd(), words].filter(Boolean).join(" "), files: box?.files ?? []} : box,
+ADD_SAID = """(box, words, recording) => [
+    {
+        text: [box?.text?.trimEnd(), words].filter(Boolean).join(" "),
+        files: [...(box?.files ?? []), ...(recording ? [recording] : [])],
+    },
     "",
+    null,
 ]"""
 """Puts what was said behind what stands in the box at that moment, whatever was typed meanwhile."""
 

@@ -15,8 +15,11 @@ from typing import Any
 import gradio as gr
 import openai
 from fastapi import FastAPI
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
 
 from serve_apps.chat_page import look
+from serve_apps.chat_page.answers import explain
 from serve_apps.chat_page.dictation import MAX_SECONDS, Dictation
 from serve_apps.chat_page.history import to_json, to_markdown
 from serve_apps.chat_page.messages import AUDIO_SUFFIXES, IMAGE_SUFFIXES, MAX_FILE_BYTES
@@ -92,6 +95,7 @@ class _Page:
                 editable="user",
                 buttons=["copy"],
             )
+            self._words = gr.Textbox(label="Heard so far", interactive=False, visible=False, elem_id="words")
             self._box = gr.MultimodalTextbox(
                 label="Your message",
                 show_label=False,
@@ -99,14 +103,13 @@ class _Page:
                 sources=["upload"],
                 file_types=[*IMAGE_SUFFIXES, *AUDIO_SUFFIXES],
                 file_count="multiple",
-                placeholder="Ask something. Drop pictures or recordings here, or speak.",
+                placeholder="Ask something. Add pictures or sound, or record.",
                 max_plain_text_length=100_000,
                 autofocus=True,
             )
             self._microphone = gr.Audio(
                 sources=["microphone"], streaming=True, label="Speak", show_label=False, elem_id="microphone"
             )
-            self._words = gr.Textbox(label="Heard so far", interactive=False, visible=False, elem_id="words")
             self._chat = gr.Textbox("", visible=False)  # id of the open conversation
             self._shown = [self._box, self._talked, self._chat, self._chats]
             self._converse()
@@ -171,12 +174,16 @@ class _Page:
             component.input(keep, all_settings, [stored], queue=False, **QUIET)
 
     def _dictate(self) -> None:
-        taken = gr.State(None)
-        key = self._settings[-1]
+        microphone, words, key = self._microphone, self._words, self._settings[-1]
+        taken, recording = gr.State(None), gr.File(visible=False)
 
         async def write(request: gr.Request, taken: Dictation | None, key: str) -> tuple[Any, Dictation]:
             taken = taken or Dictation()
-            await taken.hear(self._talk.asking(key, request))
+            client = self._talk.asking(key, request)
+            try:
+                await taken.hear(client)
+            except openai.APIError as error:
+                gr.Warning(explain(error, str(client.base_url)))
             return gr.Textbox(taken.heard, visible=True), taken
 
         async def listen(
@@ -187,20 +194,24 @@ class _Page:
                 taken.add(*sound)
             return await write(request, taken, key) if taken.may_hear else (gr.skip(), taken)
 
-        microphone = self._microphone
-        microphone.start_recording(lambda: Dictation(), None, [taken], queue=False, **QUIET)
+        def end(taken: Dictation | None) -> tuple[Any, str | None]:
+            unheard = taken.wav() if taken and taken.failed else None
+            folder = get_upload_folder()
+            return gr.Textbox(visible=False), save_bytes_to_cache(unheard, "speech.wav", folder) if unheard else None
+
+        microphone.start_recording(Dictation, None, [taken], queue=False, **QUIET)
         microphone.stream(
             listen,
             [microphone, taken, key],
-            [self._words, taken],
+            [words, taken],
             stream_every=1,
             time_limit=MAX_SECONDS,
             concurrency_limit=None,
             **QUIET,
         )
-        microphone.stop_recording(write, [taken, key], [self._words, taken], concurrency_limit=None, **QUIET).then(
-            None, [self._box, self._words], [self._box, self._words], js=look.ADD_WORDS, **QUIET
-        ).then(lambda: gr.Textbox(visible=False), None, [self._words], queue=False, **QUIET)
+        microphone.stop_recording(write, [taken, key], [words, taken], concurrency_limit=None, **QUIET).then(
+            end, [taken], [words, recording], queue=False, **QUIET
+        ).then(None, [self._box, words, recording], [self._box, words, recording], js=look.ADD_SAID, **QUIET)
 
     def _export(self, buttons: tuple[gr.Button, gr.Button]) -> None:
         written = gr.Textbox(visible=False)

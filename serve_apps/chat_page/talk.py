@@ -134,12 +134,7 @@ def idle_box() -> gr.MultimodalTextbox:
 
 def welcome(model: str, profile: str) -> gr.Chatbot:
     """What an empty conversation shows."""
-    return gr.Chatbot(placeholder=about(model, profile), examples=[_example(shown) for shown in examples(profile)])
-
-
-def _example(message: Message) -> Any:
-    icon = {} if message["files"] else {"icon": {"path": "", "mime_type": "text", "meta": {"_type": "gradio.FileData"}}}
-    return message | icon
+    return gr.Chatbot(placeholder=about(model, profile), examples=examples(profile))
 
 
 def _asking_box(**more: Any) -> gr.MultimodalTextbox:
