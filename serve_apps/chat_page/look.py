@@ -43,11 +43,11 @@ new MutationObserver(() => {
     const name = (selector, label) =>
         document.querySelector(selector + ":not([aria-label])")?.setAttribute("aria-label", label);
     name("#message textarea", "Your message");
-    name("#message .submit-button", "Send");
+    name("#conversation textarea", "Edit message");
     document.querySelector(".examples[role=list]")?.setAttribute("role", "group");
 }).observe(document, {childList: true, subtree: true});
 </script>"""
-"""Names the box and its button for screen readers, which Gradio does not."""
+"""Names what one types into for screen readers, which Gradio does not."""
 
 DOWNLOAD = """(text) => {
     const link = document.createElement("a");

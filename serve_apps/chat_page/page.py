@@ -169,7 +169,7 @@ class _Page:
             chosen = model if model in names else names[0]
             return [shown, gr.Dropdown(names, value=chosen), *others, key, bool(stored.get("keeps"))]
 
-        self.blocks.load(restore, [stored], [self._talked, *all_settings], **QUIET)
+        self.blocks.load(restore, [stored], [self._talked, *all_settings], concurrency_limit=None, **QUIET)
         for component in all_settings:
             component.input(keep, all_settings, [stored], queue=False, **QUIET)
 

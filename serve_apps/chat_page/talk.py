@@ -97,7 +97,7 @@ class Talk:
     async def served(self, key: str, request: gr.Request) -> tuple[list[str], str]:
         """The models that may be asked for, and their profile; what is wrong is told with the first answer."""
         try:
-            models = [entry async for entry in self.asking(key, request).models.list()]
+            models = [entry async for entry in self.asking(key, request).models.list(timeout=10)]
         except openai.APIError:
             models = []
         profiles = [str((entry.model_extra or {}).get("profile", "")) for entry in models]
