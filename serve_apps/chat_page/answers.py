@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import openai
 
-from serve_apps.chat_page.messages import HEARD, NOTICE, PRINT, Message, QuestionError, to_call
+from serve_apps.chat_page.messages import HEARD, NOTICE, PRINT, Message, QuestionError, shown_name, to_call
 
 SHOWN_EVERY_S = 0.05
 """How often a page is told of an answer that comes: each time, Gradio goes through the whole conversation."""
@@ -74,7 +74,7 @@ async def answer(
 
 def _found(name: str, tier: str) -> str:
     """Whether a picture was looked at for this answer, or what was seen before was used again."""
-    return f"`{name.replace('`', '')}` {'seen now' if tier == 'computed' else f'seen before ({tier})'}"
+    return f"{shown_name(name)} {'seen now' if tier == 'computed' else f'seen before ({tier})'}"
 
 
 class Pace:

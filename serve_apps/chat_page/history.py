@@ -28,7 +28,7 @@ _SPEAKERS = {"user": "You", "assistant": "Assistant"}
 def title_of(history: list[Message]) -> str:
     """What a conversation is called in the list: how its first question begins."""
     items = [item for entry in history if entry["role"] == "user" for item in items_of(entry["content"])]
-    text = next((item for item in items if isinstance(item, str)), None) or (Path(items[0]).name if items else "")
+    text = next((item if isinstance(item, str) else item.name for item in items), "")
     line = " ".join(text.split())
     return line if len(line) <= 60 else f"{line[:59]}…"
 

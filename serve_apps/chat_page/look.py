@@ -14,6 +14,7 @@ footer {display: none !important}
 #conversation .top-panel, #conversation [aria-label=Share], #microphone .icon-button-wrapper {display: none}
 #conversation .examples .example {border: 1px solid var(--border-color-primary); border-radius: 10px}
 #conversation .prose blockquote {margin: 0 !important}
+#conversation .thought textarea {display: none}
 #conversation small {color: var(--body-text-color); opacity: .85}
 #message {border: 1px solid var(--border-color-primary); border-radius: 16px}
 .sidebar h1 {margin: 0; font-size: 1.25rem}

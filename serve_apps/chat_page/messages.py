@@ -3,8 +3,8 @@
 In: Gradio's history, which ends with a question. Out: OpenAI's messages, pictures and recordings in base64. Files are
 read that Gradio handed over, no others. Does not know HTTP.
 
-A question is one or more entries of the user's in a row: each file is one of its own, so that editing a text leaves the
-files beside it alone.
+A question is one or more entries of the user's in a row: its text, each file in one of its own, and the files' names.
+For Gradio edits the first entry, forgets what else is in that, and offers it only where the last one is a text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 AUDIO_SUFFIXES = (".wav", ".mp3", ".m4a", ".flac", ".ogg", ".opus", ".webm", ".aac")
 MAX_FILE_BYTES = 16 * 2**20  # 22.4 MB as base64: one such file fits into a request
 HEARD, NOTICE, PRINT = "heard", "notice", "print"
-"""Metadata ids of what the page adds to an answer; never sent back to the model."""
+"""Metadata ids of what the page adds to what is said; never sent back to the model."""
 
 Message = dict[str, Any]
 
@@ -49,9 +49,17 @@ def question_of(message: Message | None) -> list[Message]:
     """What stands in the box, `{"text", "files"}`, as entries of the history; none if it is empty."""
     text, files = ((message or {}).get(name) for name in ("text", "files"))
     paths = [file["path"] if isinstance(file, dict) else file for file in files or []]
-    contents: list[Any] = [{"path": path} for path in paths]
-    contents += [text] if text and text.strip() else []
-    return [{"role": "user", "content": content} for content in contents]
+    asked: list[Message] = [{"role": "user", "content": text}] if text and text.strip() else []
+    entries = asked + [{"role": "user", "content": {"path": path}} for path in paths]
+    if not asked or not paths:
+        return entries
+    names = " · ".join(shown_name(Path(path).name) for path in paths)
+    return [*entries, {"role": "user", "content": f"<small>{names}</small>", "metadata": {"id": PRINT}}]
+
+
+def shown_name(name: str) -> str:
+    """A file's name in Markdown, whatever is in it."""
+    return f"`{name.replace('`', '')}`"
 
 
 def to_call(history: list[Message], system: str = "") -> Call:
@@ -71,7 +79,7 @@ def to_call(history: list[Message], system: str = "") -> Call:
     question: list[str | Path] = []
     for role, entries in groupby(history, key=lambda entry: entry["role"]):
         if role == "user":
-            question = [item for entry in entries for item in items_of(entry["content"])]
+            question = [item for entry in entries if not is_added(entry) for item in items_of(entry["content"])]
         elif text := "".join(text_of(entry["content"]) for entry in entries if not is_added(entry)):
             messages += [_asked(question), {"role": "assistant", "content": text}]
             pictures += _pictures(question)
@@ -81,7 +89,7 @@ def to_call(history: list[Message], system: str = "") -> Call:
 
 
 def is_added(entry: Message) -> bool:
-    """Whether the page itself added this to an answer."""
+    """Whether the page itself added this to what is said."""
     return kind_of(entry) in (HEARD, NOTICE, PRINT)
 
 
@@ -109,7 +117,8 @@ def text_of(content: Any) -> str:
 
 
 def _asked(question: list[str | Path]) -> Message:
-    parts = [_file_part(item) if isinstance(item, Path) else {"type": "text", "text": item} for item in question]
+    parts = [_file_part(item) for item in question if isinstance(item, Path)]
+    parts += [{"type": "text", "text": item} for item in question if isinstance(item, str)]
     return {"role": "user", "content": parts}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Talk:
     ) -> AsyncIterator[Shown]:
         """A question is asked with other words; what came after it is gone."""
         index = edit.index[0] if isinstance(edit.index, (list, tuple)) else edit.index
-        edited = [*history[:index], {"role": "user", "content": edit.value}]
+        files = takewhile(lambda entry: entry["role"] == "user", history[index + 1 :])
+        edited = [*history[:index], {"role": "user", "content": edit.value}, *files]
         async for shown in self._answered(request, _asking_box(), edited, chat, given):
             yield shown
 

@@ -220,7 +220,7 @@ def test_an_answer_is_made_again_and_a_question_edited_and_its_picture_stays(
     expect(page.get_by_text(PACE)).to_have_count(2)
     page.get_by_role("button", name="Edit").first.click()
     page.get_by_label("Edit message").fill("Three?")
-    page.get_by_role("button", name="Submit").click()
+    page.get_by_title("Submit").click()
     expect(page.get_by_text("Three?").first).to_be_visible()
     expect(page.get_by_text("Two?", exact=True)).to_have_count(0)
     expect(page.get_by_text(PACE)).to_contain_text("red.png seen before")
