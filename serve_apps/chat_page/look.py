@@ -8,6 +8,11 @@ FONTS, MONO = ["system-ui", "Segoe UI", "sans-serif"], ["ui-monospace", "Menlo",
 
 CSS = """
 footer {display: none !important}
+.main.fillable {padding: 0 12px !important}
+#talk {height: 100dvh; padding: 8px 0; flex-wrap: nowrap; gap: 8px}
+@media (max-width: 767px) {#talk {padding-top: 52px}}
+#conversation {flex: 1 1 0 !important; min-height: 0 !important; height: auto !important}
+#talk > :not(#conversation) {flex: none}
 #conversation, #microphone, .form:has(#message), .form:has(#words) {width: 100%; max-width: 56rem; margin: 0 auto}
 .form:has(#message), .form:has(#words) {border: none; background: none; box-shadow: none}
 #conversation, #microphone {border-width: 0 !important; background: none; box-shadow: none}
@@ -74,4 +79,4 @@ def theme() -> gr.themes.Base:
     """Quiet colours and the machine's own fonts: nothing is fetched from elsewhere."""
     soft = gr.themes.Soft(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO)
     dark_enough = {f"button_primary_background_fill{state}": "*primary_700" for state in ("", "_dark", "_hover")}
-    return soft.set(**dark_enough)  # for white text on it to be read by all
+    return soft.set(**dark_enough, block_title_text_color="*primary_700")  # contrasts that all can read

@@ -85,31 +85,31 @@ class _Page:
                 self._settings, self._keep_key = self._place_settings()
                 with gr.Row():
                     exports = gr.Button("Save as Markdown", size="sm"), gr.Button("Save as JSON", size="sm")
-            self._talked = gr.Chatbot(
-                label="Conversation",
-                show_label=False,
-                elem_id="conversation",
-                scale=1,
-                height="100%",
-                feedback_options=None,
-                editable="user",
-                buttons=["copy"],
-            )
-            self._words = gr.Textbox(label="Heard so far", interactive=False, visible=False, elem_id="words")
-            self._box = gr.MultimodalTextbox(
-                label="Your message",
-                show_label=False,
-                elem_id="message",
-                sources=["upload"],
-                file_types=[*IMAGE_SUFFIXES, *AUDIO_SUFFIXES],
-                file_count="multiple",
-                placeholder="Ask something. Add pictures or sound, or record.",
-                max_plain_text_length=100_000,
-                autofocus=True,
-            )
-            self._microphone = gr.Audio(
-                sources=["microphone"], streaming=True, label="Speak", show_label=False, elem_id="microphone"
-            )
+            with gr.Column(elem_id="talk"):
+                self._talked = gr.Chatbot(
+                    label="Conversation",
+                    show_label=False,
+                    elem_id="conversation",
+                    scale=1,
+                    feedback_options=None,
+                    editable="user",
+                    buttons=["copy"],
+                )
+                self._words = gr.Textbox(label="Heard so far", interactive=False, visible=False, elem_id="words")
+                self._box = gr.MultimodalTextbox(
+                    label="Your message",
+                    show_label=False,
+                    elem_id="message",
+                    sources=["upload"],
+                    file_types=[*IMAGE_SUFFIXES, *AUDIO_SUFFIXES],
+                    file_count="multiple",
+                    placeholder="Ask something. Add pictures or sound, or record.",
+                    max_plain_text_length=100_000,
+                    autofocus=True,
+                )
+                self._microphone = gr.Audio(
+                    sources=["microphone"], streaming=True, label="Speak", show_label=False, elem_id="microphone"
+                )
             self._chat = gr.Textbox("", visible=False)  # id of the open conversation
             self._shown = [self._box, self._talked, self._chat, self._chats]
             self._converse()
