@@ -13,14 +13,17 @@ from serve_apps.chat_page.messages import Message
 
 _MEDIA = Path(gr.__file__).parent / "media_assets"  # pictures and recordings that come with Gradio
 _SPEECH = ("audio/heath_ledger.mp3", "Is this good advice?")
+_SENSES = "CLIP sees and Whisper hears for it."
 _ABOUT = {
-    "embedded": """CLIP sees and Whisper hears for it. It is small, for trying things out.
-
-It **can** tell shape and colour of one simple drawing, understand clear English speech, and answer short everyday
-questions. It **cannot** read text in pictures, tell what a photo shows, count, calculate or know the news, and it is
-often wrong.""",
-    "phi": """CLIP sees and Whisper hears for it. It describes photos and drawings, understands speech, and answers at
-length. Answers can be wrong.""",
+    "embedded": (
+        f"{_SENSES} It is small, for trying things out.\n\n"
+        "It **can** tell shape and colour of one simple drawing, understand clear English speech, and answer short "
+        "everyday questions. It **cannot** read text in pictures, tell what a photo shows, count, calculate or know "
+        "the news, and it is often wrong."
+    ),
+    "phi": (
+        f"{_SENSES} It describes photos and drawings, understands speech, and answers at length. Answers can be wrong."
+    ),
 }
 _OTHERWISE = "Ask in words, with pictures or with recordings, as far as it sees and hears. Answers can be wrong."
 

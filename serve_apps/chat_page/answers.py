@@ -24,18 +24,29 @@ SHOWN_EVERY_S = 0.05
 
 @dataclass(frozen=True)
 class Settings:
-    """What a visitor set; None and "" leave it to the service."""
+    """What a visitor typed; "" leaves it to the service."""
 
     model: str
     system: str = ""
-    temperature: float | None = None
-    max_tokens: int | None = None
+    temperature: str = ""
+    max_tokens: str = ""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of the request, but for messages."""
-        chosen = {"temperature": self.temperature, "max_tokens": self.max_tokens}
-        return {"model": self.model} | {name: value for name, value in chosen.items() if value is not None}
+        """Fields of the request, but for messages; the service says which numbers it takes.
+
+        Raises:
+            QuestionError: something else than a number where one is wanted.
+        """
+        typed = {"temperature": ("Temperature", self.temperature), "max_tokens": ("Tokens at most", self.max_tokens)}
+        return {"model": self.model} | {name: _number(*given) for name, given in typed.items() if given[1].strip()}
+
+
+def _number(label: str, typed: str) -> float | int:
+    try:
+        return float(typed) if label == "Temperature" else int(typed)
+    except ValueError:
+        raise QuestionError(f"'{typed}' is no number: change {label} in the settings.") from None
 
 
 async def answer(

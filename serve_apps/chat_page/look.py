@@ -16,20 +16,22 @@ footer {display: none !important}
 #conversation, #microphone, .form:has(#message), .form:has(#words) {width: 100%; max-width: 56rem; margin: 0 auto}
 .form:has(#message), .form:has(#words) {border: none; background: none; box-shadow: none}
 #conversation, #microphone {border-width: 0 !important; background: none; box-shadow: none}
+#conversation .bubble-wrap {background: none}
 #conversation .top-panel, #conversation [aria-label=Share], #microphone .icon-button-wrapper {display: none}
 #conversation .examples .example {border: 1px solid var(--border-color-primary); border-radius: 10px}
 #conversation .prose blockquote {margin: 0 !important}
 #conversation .thought textarea {display: none}
 #conversation small {color: var(--body-text-color); opacity: .85}
-#message {border: 1px solid var(--border-color-primary); border-radius: 16px}
+#message {border: 1px solid var(--border-color-accent-subdued) !important; border-radius: 16px !important}
 .sidebar h1 {margin: 0; font-size: 1.25rem}
 """
 
 CHATS_HTML = '<nav aria-label="Conversations"><ul></ul><p role="status"></p></nav>'
 CHATS_CSS = """
-ul {list-style: none; margin: 0; padding: 0; max-height: 50vh; overflow-y: auto}
+ul {list-style: none !important; margin: 0; padding: 0; max-height: 50vh; overflow-y: auto}
 li {display: flex; margin: 0; padding: 0}
-button {padding: 8px 10px; border-radius: 8px; color: var(--body-text-color); font-weight: 400; box-shadow: none}
+button {padding: 8px 10px; border: none; border-radius: 8px; background: none; cursor: pointer}
+button {color: var(--body-text-color)}
 button:hover, button[aria-current] {background: var(--border-color-primary)}
 .pick {flex: 1; min-width: 0; text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 p {margin: 4px 0; font-size: .8rem}
@@ -79,4 +81,6 @@ def theme() -> gr.themes.Base:
     """Quiet colours and the machine's own fonts: nothing is fetched from elsewhere."""
     soft = gr.themes.Soft(primary_hue="blue", neutral_hue="slate", font=FONTS, font_mono=MONO)
     dark_enough = {f"button_primary_background_fill{state}": "*primary_700" for state in ("", "_dark", "_hover")}
-    return soft.set(**dark_enough, block_title_text_color="*primary_700")  # contrasts that all can read
+    titles = {f"block_title_background_fill{mode}": "none" for mode in ("", "_dark")}
+    titles |= {f"block_title_text_color{mode}": "*body_text_color" for mode in ("", "_dark")}
+    return soft.set(**dark_enough, **titles)  # contrasts that all can read

@@ -80,7 +80,10 @@ class _Page:
                 gr.Markdown("# mmllm")
                 self._new = gr.Button("New chat", variant="primary")
                 self._chats = gr.HTML(
-                    html_template=look.CHATS_HTML, css_template=look.CHATS_CSS, js_on_load=look.CHATS_JS
+                    html_template=look.CHATS_HTML,
+                    css_template=look.CHATS_CSS,
+                    js_on_load=look.CHATS_JS,
+                    apply_default_css=False,
                 )
                 self._settings, self._keep_key = self._place_settings()
                 with gr.Row():
@@ -123,8 +126,8 @@ class _Page:
             settings = [
                 gr.Dropdown([self._talk.model], value=self._talk.model, label="Model", allow_custom_value=True),
                 gr.Textbox(label="System prompt", placeholder="none", lines=2, max_length=20_000),
-                gr.Number(None, label="Temperature", placeholder="as served", minimum=0, maximum=2, step=0.1),
-                gr.Number(None, label="Tokens at most", placeholder="as served", minimum=1, precision=0),
+                gr.Textbox(label="Temperature", placeholder="as served", max_length=20),  # a gr.Number is never empty
+                gr.Textbox(label="Tokens at most", placeholder="as served", max_length=20),
                 gr.Textbox(label="API key", type="password", placeholder="none", max_length=1000),
             ]
             return settings, gr.Checkbox(False, label="Keep the key in this browser")

@@ -114,7 +114,7 @@ class Talk:
         given: tuple[Any, ...],
     ) -> AsyncIterator[Shown]:
         model, system, temperature, max_tokens, key = given
-        settings = Settings(model or self.model, system or "", temperature, int(max_tokens) if max_tokens else None)
+        settings = Settings(model or self.model, system or "", temperature or "", max_tokens or "")
         chat = chat or uuid.uuid4().hex
         yield box, history, chat, _to_keep(chat, history)
         reply: list[Message] = []
