@@ -98,7 +98,8 @@ def _shown_item(item: Any, folder: Path) -> Any:
             path = Path(name).resolve()
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 return {"path": str(path)}
-            return _small_file(path, item.get("small"), folder) or f"[{path.name} is no longer here]"
+            given = Path(name)
+            return _small_file(given, item.get("small"), folder) or f"[{given.name} is no longer here]"
     return None
 
 

@@ -125,10 +125,12 @@ class _Page:
         with gr.Accordion("Settings", open=False):
             settings = [
                 gr.Dropdown([self._talk.model], value=self._talk.model, label="Model", allow_custom_value=True),
-                gr.Textbox(label="System prompt", placeholder="none", lines=2, max_length=20_000),
-                gr.Textbox(label="Temperature", placeholder="as served", max_length=20),  # a gr.Number is never empty
-                gr.Textbox(label="Tokens at most", placeholder="as served", max_length=20),
-                gr.Textbox(label="API key", type="password", placeholder="none", max_length=1000),
+                gr.Textbox("", label="System prompt", placeholder="none", lines=2, max_length=20_000),
+                gr.Textbox(
+                    "", label="Temperature", placeholder="as served", max_length=20
+                ),  # a gr.Number is never empty
+                gr.Textbox("", label="Tokens at most", placeholder="as served", max_length=20),
+                gr.Textbox("", label="API key", type="password", placeholder="none", max_length=1000),
             ]
             return settings, gr.Checkbox(False, label="Keep the key in this browser")
 

@@ -121,7 +121,8 @@ class Talk:
         async with aclosing(answer(self.asking(key, request), history, settings)) as replies:
             async for reply in replies:
                 yield gr.skip(), [*history, *reply], gr.skip(), gr.skip()
-        yield idle_box(), gr.skip(), gr.skip(), _to_keep(chat, [*history, *reply])
+        history = [*history, *reply]
+        yield idle_box(), history, chat, _to_keep(chat, history)
 
     def asking(self, typed_key: str | None, request: gr.Request) -> openai.AsyncOpenAI:
         """The client with a visitor's key: typed, or the one with which the page was asked for."""
