@@ -20,6 +20,12 @@ from serve_apps.chat_page.messages import HEARD, NOTICE, PRINT, Message, Questio
 
 SHOWN_EVERY_S = 0.05
 """How often a page is told of an answer that comes: each time, Gradio goes through the whole conversation."""
+_TIERS = {
+    "computed": "seen now",
+    "shared": "seen now",
+    "store": "reused from the store",
+    "file": "reused from the upload",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ async def answer(
 
 def _found(name: str, tier: str) -> str:
     """Whether a picture was looked at for this answer, or what was seen before was used again."""
-    return f"{shown_name(name)} {'seen now' if tier == 'computed' else f'seen before ({tier})'}"
+    return f"{shown_name(name)} {_TIERS.get(tier, 'reused from memory')}"
 
 
 class Pace:

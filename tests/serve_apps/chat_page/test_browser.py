@@ -191,7 +191,7 @@ def test_pictures_are_dropped_and_pasted_and_a_reload_shows_them_again(
     expect(pictures).to_have_count(2)
     assert pictures.last.evaluate("image => image.decode().then(() => image.naturalWidth)") == 64
     ask(page, "And now?", answers=2)
-    expect(page.get_by_text(PACE).last).to_contain_text("dropped.png seen before (ingress)")
+    expect(page.get_by_text(PACE).last).to_contain_text("dropped.png reused from memory")
     shoot(page, "pictures")
 
 
@@ -229,7 +229,7 @@ def test_an_answer_is_made_again_and_a_question_edited_and_its_picture_stays(
     page.get_by_title("Submit").click()
     expect(page.get_by_text("Three?").first).to_be_visible()
     expect(page.get_by_text("Two?", exact=True)).to_have_count(0)
-    expect(page.get_by_text(PACE)).to_contain_text("red.png seen before")
+    expect(page.get_by_text(PACE)).to_contain_text("red.png reused from memory")
 
 
 @pytest.mark.parametrize("leave", ["stop", "close"])

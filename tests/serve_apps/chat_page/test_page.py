@@ -118,7 +118,7 @@ def test_a_conversation_streams_shows_what_was_heard_and_carries_its_history(
     assert asked[-1]["role"] == "user"
     assert shown(talked) == ["It is red."]
     assert "first token after" in talked[-1]["content"][0]["text"]
-    assert "`Dot.JPG` seen before (store)" in talked[-1]["content"][0]["text"]
+    assert "`Dot.JPG` reused from the store" in talked[-1]["content"][0]["text"]
     talked = ask(client, served(talked), "", recording)[-1]
     assert shown(talked) == ["> Heard: recording 1", "It is red."]
     talked = ask(client, served(talked), "", recording)[-1]
