@@ -4,6 +4,11 @@ from pathlib import Path
 
 import gradio as gr
 
+
+def _script(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+
+
 FONTS, MONO = ["system-ui", "Segoe UI", "sans-serif"], ["ui-monospace", "Menlo", "monospace"]
 
 CSS = """
@@ -36,7 +41,7 @@ button:hover, button[aria-current] {background: var(--border-color-primary)}
 .pick {flex: 1; min-width: 0; text-align: left; overflow: hidden; text-overflow: ellipsis; white-space: nowrap}
 p {margin: 4px 0; font-size: .8rem}
 """
-CHATS_JS = (Path(__file__).parent / "chats.js").read_text(encoding="utf-8")
+CHATS_JS = _script("chats.js")
 
 OPEN_CHAT = """() => {
     const id = sessionStorage.getItem("mmllm-open-chat");
@@ -45,17 +50,9 @@ OPEN_CHAT = """() => {
 """The conversation that this tab showed before it was loaded again."""
 
 SHOW_SIDEBAR = """() => ({open: window.innerWidth >= 768, __type__: "update"})"""
+"""Where there is room for it; on a phone it would cover the conversation."""
 
-HEAD = """<meta name="color-scheme" content="light dark"><script>
-new MutationObserver(() => {
-    const name = (selector, label) =>
-        document.querySelector(selector + ":not([aria-label])")?.setAttribute("aria-label", label);
-    name("#message textarea", "Your message");
-    name("#conversation textarea", "Edit message");
-    document.querySelector(".examples[role=list]")?.setAttribute("role", "group");
-}).observe(document, {childList: true, subtree: true});
-</script>"""
-"""Names what one types into for screen readers, which Gradio does not."""
+HEAD = f'<meta name="color-scheme" content="light dark"><script type="module">{_script("head.js")}</script>'
 
 DOWNLOAD = """(text) => {
     const link = document.createElement("a");

@@ -119,7 +119,14 @@ class _Page:
             self._remember_settings()
             self._dictate()
             self._export(exports)
-            self.blocks.load(None, None, [sidebar], js=look.SHOW_SIDEBAR, **QUIET)
+            gr.on(
+                [self.blocks.load, self._new.click, self._chats.select],
+                None,
+                None,
+                [sidebar],
+                js=look.SHOW_SIDEBAR,
+                **QUIET,
+            )
 
     def _place_settings(self) -> tuple[list[Any], gr.Checkbox]:
         with gr.Accordion("Settings", open=False):

@@ -215,10 +215,14 @@ def test_conversations_are_listed_opened_and_deleted(context: BrowserContext, se
 def test_an_answer_is_made_again_and_a_question_edited_and_its_picture_stays(
     context: BrowserContext, served: Served
 ) -> None:
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = visit(context, served)
     give(page, "drop", "red.png", "red")
     page.locator("#message .thumbnail-item").wait_for()
     ask(page, "One?")
+    page.get_by_role("button", name="Copy message").last.click()
+    answer = bubbles(page, "bot").first.inner_text()
+    assert page.evaluate("navigator.clipboard.readText()").split() == answer.split()
     ask(page, "Two?", answers=2)
     bound(page, 5)
     page.get_by_role("button", name="Retry").click()
@@ -263,8 +267,10 @@ def test_what_the_service_refuses_is_said_as_it_says_it_and_nothing_is_lost(
     expect(bubbles(page, "bot")).to_contain_text("tokens")
     expect(bubbles(page, "user")).to_contain_text("word word")
     shoot(page, "refused")
+    box(page).fill("half a question")
     page.reload()
     expect(bubbles(page, "user")).to_contain_text("word word")
+    expect(box(page)).to_have_value("half a question")
 
 
 def test_a_recording_is_uploaded_and_what_was_heard_is_shown(
@@ -342,7 +348,7 @@ def test_nothing_bars_the_way_to_anyone(
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     barred |= grave(page)
     if width == 390:
-        page.get_by_role("button", name="sidebar").click()
+        page.get_by_role("button", name="Toggle Sidebar").click()
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("System prompt")).to_be_in_viewport()
     shoot(page, f"settings-{width}-{scheme}")
