@@ -54,6 +54,12 @@ SHOW_SIDEBAR = """() => ({open: window.innerWidth >= 768, __type__: "update"})""
 
 HEAD = f'<meta name="color-scheme" content="light dark"><script type="module">{_script("head.js")}</script>'
 
+KEEP_SETTINGS = """(model, system, temperature, tokens, key, keeps) => {
+    const settings = [model, system, temperature, tokens, keeps ? key : "", keeps];
+    localStorage.setItem("mmllm-settings", JSON.stringify(settings));
+}"""
+KEPT_SETTINGS = """() => [JSON.parse(localStorage.getItem("mmllm-settings"))]"""
+
 DOWNLOAD = """(text) => {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text]));

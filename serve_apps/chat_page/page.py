@@ -27,9 +27,6 @@ from serve_apps.chat_page.talk import Shown, Talk, welcome
 
 KEPT_S = 7 * 24 * 3600
 QUEUE_LOOKS_S = 0.03  # how long a question waits at most until it is taken
-SECRET = "mmllm-chat-page"
-"""The same for every start of the server, so that the browser finds its settings again. What is stored lies in the
-visitor's own browser; the secret, which every visitor can read, guards nothing."""
 
 PAGE_OPTIONS: dict[str, Any] = {  # the look and the limits, for `gr.mount_gradio_app` and `Blocks.launch` alike
     "theme": look.theme(),
@@ -164,26 +161,24 @@ class _Page:
         return self._talk.opened(kept)
 
     def _remember_settings(self) -> None:
-        stored = gr.BrowserState({}, storage_key="mmllm-settings", secret=SECRET)
+        stored = gr.JSON(None, visible=False)
         all_settings = [*self._settings, self._keep_key]
 
-        def keep(*values: Any) -> dict[str, Any]:
-            *settings, key, keeps = values
-            return {"settings": settings, "key": key if keeps else "", "keeps": bool(keeps)}
-
-        async def restore(stored: dict[str, Any], request: gr.Request) -> list[Any]:
-            key = stored.get("key") or ""
+        async def restore(stored: Any, request: gr.Request) -> list[Any]:
+            match stored:
+                case [str() as model, str() as system, str() as heat, str() as tokens, str() as key, bool() as keeps]:
+                    others: list[Any] = [system, heat, tokens, key, keeps]
+                case _:  # a first visit: what is typed meanwhile shall stay
+                    model, key, others = self._talk.model, "", [gr.skip()] * 5
             names, profile = await self._talk.served(key, request)
-            shown = welcome(names[0], profile)
-            if "settings" not in stored:  # a first visit: what is typed meanwhile shall stay
-                return [shown, gr.Dropdown(names), *[gr.skip()] * 5]
-            model, *others = stored["settings"]
-            chosen = model if model in names else names[0]
-            return [shown, gr.Dropdown(names, value=chosen), *others, key, bool(stored.get("keeps"))]
+            chosen = gr.Dropdown(names, value=model if model in names else names[0])
+            return [welcome(names[0], profile), chosen, *others]
 
-        self.blocks.load(restore, [stored], [self._talked, *all_settings], concurrency_limit=None, **QUIET)
-        for component in all_settings:
-            component.input(keep, all_settings, [stored], queue=False, **QUIET)
+        restored = [self._talked, *all_settings]
+        self.blocks.load(restore, [stored], restored, js=look.KEPT_SETTINGS, concurrency_limit=None, **QUIET)
+        typed = [each.blur for each in self._settings]  # besides, for what is pasted is no input to Gradio
+        set_ = [*typed, *(each.input for each in all_settings)]
+        gr.on(set_, None, all_settings, None, js=look.KEEP_SETTINGS, **QUIET)
 
     def _dictate(self) -> None:
         microphone, words, key = self._microphone, self._words, self._settings[-1]
