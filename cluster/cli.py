@@ -23,6 +23,7 @@ from cluster.space_command import space_app
 from cluster.spoken_command import evaluate_spoken
 from cluster.top_command import top
 from cluster.train_command import train
+from cluster.ui_command import ui
 from mmllm_core.errors import MmllmError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ app.command()(plan)
 app.command()(report)
 app.command()(top)
 app.command()(train)
+app.command()(ui)
 app.add_typer(features_app, name="features")
 app.add_typer(keys_app, name="keys")
 app.add_typer(space_app, name="space")

@@ -57,6 +57,7 @@ class Assistant:
         clip, whisper, phi: handles of `ClipDeployment`, `WhisperDeployment` and `PhiDeployment`.
         models: the ids that can be asked for, the usual one first.
         fingerprints: of what sees and hears.
+        profile: of the models, by name.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Assistant:
         models: list[str],
         config: ServeConfig,
         fingerprints: Fingerprints,
+        profile: str,
     ):
         self._phi = phi
         fetcher = ImageFetcher(config.image_urls) if config.image_urls else None
@@ -76,6 +78,7 @@ class Assistant:
         self._readiness = Readiness(clip, whisper, phi, config)
         self.speech = SpeechApi(whisper, models, config.limits)
         self._models = models
+        self._profile = profile
         self.config = config
         self._started = int(time.time())
 
@@ -90,7 +93,7 @@ class Assistant:
         app.add_middleware(Recorded, config=self.config.observability)  # before the door: what it refuses is told too
         if self.config.ui:
             os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-            from serve_apps.ui import mount_chat_page
+            from serve_apps.chat_page.page import mount_chat_page
 
             mount_chat_page(app, self.config.http.base_url, self._models[0])
         return app
@@ -101,7 +104,7 @@ class Assistant:
 
     def models(self, caller: Caller) -> list[Json]:
         """The models that a caller can ask for."""
-        told = {"object": "model", "created": self._started, "owned_by": "mmllm"}
+        told = {"object": "model", "created": self._started, "owned_by": "mmllm", "profile": self._profile}
         return [{"id": model} | told for model in caller.allowed(self._models)]
 
     async def ready(self) -> Response:
@@ -167,7 +170,7 @@ class Assistant:
             self._vocabulary = await ask(self._phi.vocabulary.remote)
         told = self._vocabulary if call.sampling.logprobs is not None else []
         id, now = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
-        return Reply(id, call.model, seen.transcripts, now, call.sampling.n, told)
+        return Reply(id, call.model, seen.transcripts, seen.tiers, now, call.sampling.n, told)
 
     async def _speak(
         self, call: ChatCall, seen: Perception, id: str, deadline: float, record: RequestRecord

@@ -79,7 +79,8 @@ def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Appli
     wanted = ServedBundles(bundles=bundles).model_dump(mode="json")
     phi = deployment(PhiDeployment, PHI, config.phi, user_config=wanted).bind(bundles, config.phi, config.observability)
     ingress = deployment(serve.ingress()(Assistant), INGRESS, config.ingress)
-    return ingress.bind(clip, whisper, phi, list(bundles), config, Fingerprints.of(opened, config.whisper))
+    fingerprints = Fingerprints.of(opened, config.whisper)
+    return ingress.bind(clip, whisper, phi, list(bundles), config, fingerprints, opened.profile.name)
 
 
 def _adapters(config: PhiConfig, base: Base, name: str) -> dict[str, ServedBundle]:

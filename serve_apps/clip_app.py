@@ -116,8 +116,9 @@ class ClipDeployment:
         self._work.begin(work)
         tiers: list[str] = []
         features = await self._flights.run(image.key, lambda: self._find_or_encode(upload, image, tiers))
-        self._seen.inc(1, {"tier": tiers[0] if tiers else "shared"})
-        return Seen(image.key, features)
+        tier = tiers[0] if tiers else "shared"
+        self._seen.inc(1, {"tier": tier})
+        return Seen(image.key, features, tier)
 
     async def _find_or_encode(self, upload: Upload, image: ReadImage, tiers: list[str]) -> Features:
         """Features, and into `tiers` where they came from."""

@@ -51,7 +51,9 @@ def serving_in_process(bundle: Bundle, config: ServeConfig, phi: Any = None) -> 
     try:
         clip_handle, whisper_handle, phi_handle = (LocalHandle(part) for part in (clip, whisper, speaks))
         fingerprints = Fingerprints.of(bundle, config.whisper)
-        assistant = Assistant(clip_handle, whisper_handle, phi_handle, [name], config, fingerprints)
+        assistant = Assistant(
+            clip_handle, whisper_handle, phi_handle, [name], config, fingerprints, bundle.profile.name
+        )
         with _listening(assistant.app(), config.http.host) as url:
             yield url
     finally:

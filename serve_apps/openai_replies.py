@@ -1,8 +1,9 @@
 """The reply bodies of OpenAI's chat completions API: whole, streamed, and errors.
 
 In: chunks of an answer, transcripts, or an exception. Out: JSON-ready dictionaries and server-sent events.
-`transcripts`, what was heard in each clip of the request, is our one extension. An exception of a deployment
-arrives wrapped by Ray; it is unwrapped here, and nothing of a library's insides leaves the service.
+`transcripts`, what was heard in each clip of the request, and `images`, where each image's features were found, are
+our two extensions. An exception of a deployment arrives wrapped by Ray; it is unwrapped here, and nothing of a
+library's insides leaves the service.
 """
 
 import json
@@ -59,6 +60,7 @@ class Reply:
         id: of the completion.
         model: as it was asked for.
         transcripts: what was heard, clip by clip.
+        tiers: where features were found, image by image.
         n: answers.
         vocabulary: bytes of each token, where log-probabilities are told.
     """
@@ -66,6 +68,7 @@ class Reply:
     id: str
     model: str
     transcripts: Sequence[str]
+    tiers: Sequence[str]
     created: int
     n: int = 1
     vocabulary: Sequence[bytes] = ()
@@ -88,12 +91,12 @@ class Reply:
                 }
             )
         last = [chunks[-1] for chunks in answers]
-        return self._body("chat.completion", choices) | {"usage": usage(last), "transcripts": list(self.transcripts)}
+        return self._body("chat.completion", choices) | {"usage": usage(last)} | self._perceived
 
     def first(self) -> list[Json]:
-        """A stream's first chunks, one of each answer: the role and what was heard."""
+        """A stream's first chunks, one of each answer: the role and what was seen and heard."""
         chunks = [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self.n)]
-        return [chunk | {"transcripts": list(self.transcripts)} for chunk in chunks]
+        return [chunk | self._perceived for chunk in chunks]
 
     def piece(self, chunk: EngineChunk) -> Json:
         """A chunk of text."""
@@ -106,6 +109,10 @@ class Reply:
     def closing_usage(self, last: Sequence[EngineChunk]) -> Json:
         """The chunk that counts tokens, sent where `stream_options.include_usage` asks for it."""
         return self._body("chat.completion.chunk", []) | {"usage": usage(last)}
+
+    @property
+    def _perceived(self) -> Json:
+        return {"transcripts": list(self.transcripts), "images": list(self.tiers)}
 
     def _chunk(self, index: int, delta: Json, logprobs: Json | None = None, finish_reason: str | None = None) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}

@@ -53,6 +53,8 @@ class Perception:
 
     features: Features | None  # (n_images, n_patches, d_vision)
     transcripts: list[str]
+    tiers: list[str]
+    """Where each image's features were found: `ingress`, `file`, or as `Seen.tier`."""
     audio_seconds: float = 0.0
     """That were transcribed for it."""
 
@@ -92,8 +94,10 @@ class Perceiver:
         Raises:
             ImageError, AudioError: something cannot be used; it names the field.
         """
-        features, heard = await all_or_none([self._see_all(images, traceparent), self._hear_all(sounds, traceparent)])
-        return Perception(features, [text for text, _ in heard], sum(seconds for _, seconds in heard))
+        seen, heard = await all_or_none([self._see_all(images, traceparent), self._hear_all(sounds, traceparent)])
+        features = np.stack([features for features, _ in seen]) if seen else None  # (n_images, n_patches, d_vision)
+        seconds = sum(seconds for _, seconds in heard)
+        return Perception(features, [text for text, _ in heard], [tier for _, tier in seen], seconds)
 
     async def examine(self, kind: Kind, upload: Upload) -> Seen | HeardText:
         """See or hear a file that is being uploaded.
@@ -117,19 +121,18 @@ class Perceiver:
         embeddings: Embeddings = await ask(lambda: self._clip.embed.remote(given, dimensions))
         return embeddings
 
-    async def _see_all(self, images: Sequence[ImageSource], traceparent: str) -> Any:
-        if not images:
-            return None
+    async def _see_all(self, images: Sequence[ImageSource], traceparent: str) -> list[tuple[Features, str]]:
+        """Each image's features, and where they were found."""
         names = await all_or_none(_name(image) for image in images)
         found = await all_or_none(map(self._known_features, images, names))
-        unknown = [i for i, features in enumerate(found) if features is None]
+        unknown = [i for i, known in enumerate(found) if known is None]
         if unknown:
             uploads = await all_or_none(self._upload(images[i]) for i in unknown)
             told = await ask(lambda: self._clip.see.remote(uploads, traceparent))
             for i, seen in zip(unknown, told, strict=True):
-                found[i] = seen.features
+                found[i] = seen.features, seen.tier
                 await self._keep_features(images[i], names[i], seen)
-        return np.stack([features for features in found if features is not None])  # (n_images, n_patches, d_vision)
+        return [known for known in found if known is not None]
 
     async def _hear_all(self, sounds: Sequence[SoundSource], traceparent: str) -> Any:
         return await all_or_none(self._hear(sound, traceparent) for sound in sounds)
@@ -148,15 +151,16 @@ class Perceiver:
         transcript = await ask(lambda: self._whisper.transcribe.remote(upload, traceparent))
         return transcript.text, transcript.seconds
 
-    async def _known_features(self, image: ImageSource, name: str | None) -> Features | None:
+    async def _known_features(self, image: ImageSource, name: str | None) -> tuple[Features, str] | None:
         tier, found = "ingress", None
         if name is not None:
             found = self._cache.get(name)
         elif isinstance(image, FileUse):
             tier, found = "file", await asyncio.to_thread(image.file.features, self._fingerprints.vision)
-        if found is not None:  # a URL may show another image every time
-            self._known.inc(1, {"tier": tier})
-        return found
+        if found is None:
+            return None
+        self._known.inc(1, {"tier": tier})
+        return found, tier
 
     async def _keep_features(self, image: ImageSource, name: str | None, seen: Seen) -> None:
         if name is not None:
@@ -174,7 +178,7 @@ class Perceiver:
 
 
 async def _name(image: ImageSource) -> str | None:
-    """What the features of an image that the request brings are remembered by."""
+    """What the features of an image that the request brings are remembered by; a URL may show another every time."""
     return await content_hash(image.data) if isinstance(image, Upload) else None
 
 

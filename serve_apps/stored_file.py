@@ -60,6 +60,8 @@ class Seen:
 
     key: str
     features: Features
+    tier: str = "computed"
+    """Where they were found: `memory`, `store`, `shared` (computed at that time for another request), or `computed`."""
 
 
 class HeardText(StrictModel):

@@ -8,9 +8,9 @@ from serve_apps.space.zero_gpu import prepare
 
 prepare()  # before anything loads torch
 
+from serve_apps.chat_page.page import PAGE_OPTIONS  # noqa: E402
 from serve_apps.space.page import open_page  # noqa: E402
 from serve_apps.space.settings import SpaceSettings  # noqa: E402
-from serve_apps.ui import PAGE_OPTIONS  # noqa: E402
 
 if __name__ == "__main__":
     try:

@@ -29,7 +29,7 @@ def open_page(settings: SpaceSettings, folder: Path) -> Iterator["gr.Blocks"]:
     Raises:
         MmllmError: there is no assistant, it cannot be loaded, or the service cannot be asked.
     """
-    from serve_apps.ui import build_chat_page
+    from serve_apps.chat_page.page import build_chat_page
 
     if settings.base_url:
         model = settings.model or first_model(settings.base_url, settings.api_key)

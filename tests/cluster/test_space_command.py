@@ -28,7 +28,13 @@ def test_a_bundle_goes_up_with_the_program_into_a_private_space(hub: Any, bundle
     hub.settings["secrets"]["MMLLM_API_KEY"] = "left over"
     assert COMMIT in deploy("--bundle", str(bundle.folder), "--hardware", "zero-a10g")
     assert hub.repositories == {"me/shapes": "private"}
-    assert {"app.py", "README.md", "requirements.txt", "bundle/manifest.json", "serve_apps/ui.py"} <= hub.files.keys()
+    assert {
+        "app.py",
+        "README.md",
+        "requirements.txt",
+        "bundle/manifest.json",
+        "serve_apps/chat_page/page.py",
+    } <= hub.files.keys()
     assert hub.settings == {"variables": {}, "secrets": {}, "hardware": {"flavor": "zero-a10g"}}
 
 

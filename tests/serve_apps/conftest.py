@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openai
@@ -25,6 +25,9 @@ from mmllm_core.config import PathSource, Profile
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS, ClipEncoder
+
+if TYPE_CHECKING:
+    from gradio_client import Client
 
 ARCHITECTURE = {
     "embed_dim": 32,
@@ -162,6 +165,16 @@ def wav(samples: "np.ndarray[Any, Any]", rate: int = 16_000) -> bytes:
         file.setframerate(rate)
         file.writeframes((samples * 32767).astype("<i2").tobytes())
     return stream.getvalue()
+
+
+def page_answer(page: "Client", text: str, *files: Path) -> list[tuple[str | None, str]]:
+    """Ask on the chat page, and return what it shows of the answer: what kind each entry is of, and its text."""
+    from gradio_client import handle_file
+
+    message = {"text": text, "files": [handle_file(str(file)) for file in files]}
+    _, talked, _, _ = page.predict(message, api_name="/chat")
+    answer = [entry for entry in talked if entry["role"] == "assistant"]
+    return [((entry["metadata"] or {}).get("id"), entry["content"][0]["text"]) for entry in answer]
 
 
 def free_port() -> int:

@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from gradio_client import Client, handle_file
+from gradio_client import Client
 from pydantic import BaseModel
 
-from tests.serve_apps.conftest import Service, audio_part, data_uri, image_part, image_uri, text_part, wav
+from tests.serve_apps.conftest import Service, audio_part, data_uri, image_part, image_uri, page_answer, text_part, wav
 
 pytestmark = pytest.mark.slow
 
@@ -241,10 +241,10 @@ def test_the_page_hears_and_answers(service: Service, speech: bytes, tmp_path: A
     recording = tmp_path / "said.mp3"
     recording.write_bytes(speech)
     page = Client(service.base_url, verbose=False, analytics_enabled=False)
-    shown = page.predict({"text": "Who?", "files": [handle_file(str(recording))]}, api_name="/chat")
-    assert SAID in shown[0]["content"]
-    assert len(shown) == 2
-    assert "metadata" not in shown[1]  # an answer and not a notice
+    heard, answer, pace = page_answer(page, "Who?", recording)
+    assert SAID in heard[1]
+    assert (heard[0], answer[0], pace[0]) == ("heard", None, "print")  # an answer and not a notice
+    assert "tokens" in pace[1]
 
 
 def test_a_request_keeps_its_id(service: Service) -> None:

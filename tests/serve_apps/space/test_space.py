@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 import yaml
-from gradio_client import Client, handle_file
+from gradio_client import Client
 from PIL import Image
 
 from mmllm_core.bundle import Bundle
@@ -25,7 +25,7 @@ from serve_apps.space.folder import write_space
 from serve_apps.space.page import open_page
 from serve_apps.space.settings import SpaceSettings
 from serve_apps.space.zero_gpu import ZeroGpuPhi
-from tests.serve_apps.conftest import free_port
+from tests.serve_apps.conftest import free_port, page_answer
 
 ROOT = Path(__file__).parents[3]
 OF_THE_SDK = ["gradio[oauth,mcp]=={}", "uvicorn>=0.14.0", "websockets>=10.4", "spaces"]
@@ -72,10 +72,10 @@ def running(folder: Path, python: Path, **environment: str) -> Iterator[Client]:
 def require_answers(page: Client, folder: Path) -> None:
     picture = folder / "dot.png"
     Image.new("RGB", (32, 32), "red").save(picture)
-    for files in ([], [handle_file(str(picture))]):
-        replies = page.predict({"text": "What color is it?", "files": files}, api_name="/chat")
-        assert replies[-1]["content"].strip()
-        assert "⚠️" not in replies[-1]["content"], replies
+    for files in ([], [picture]):
+        (kind, text), _ = page_answer(page, "What color is it?", *files)
+        assert kind is None, text
+        assert text.strip()
 
 
 def test_the_folder_holds_all_that_a_space_needs_at_the_versions_that_are_tested(
