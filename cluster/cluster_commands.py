@@ -44,7 +44,7 @@ def up(
 
 @cluster_app.command()
 def status() -> None:
-    """Print the nodes of the local cluster, or of the one that RAY_ADDRESS names, and what is in use."""
+    """Print the nodes of the local cluster, or of the one that RAY_ADDRESS names, and how much of each is in use."""
     found = local_cluster()
     if found and not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_ADDRESS"] = found.address
@@ -55,13 +55,16 @@ def status() -> None:
         from ray._private.state import available_resources_per_node
 
         nodes, free = ray.nodes(), available_resources_per_node()
-    table = Table("node", "state", *(f"{name} in use" for name in COUNTED), box=None, padding=(0, 2))
+    table = Table("node", "address", "role", "state", *COUNTED, box=None, padding=(0, 1))
     for node in sorted(nodes, key=lambda node: (not node["Alive"], node["NodeID"])):
         total, left = node["Resources"], free.get(node["NodeID"], {})
-        head = " head" if "node:__internal_head__" in total else ""
-        used = (f"{total[name] - left.get(name, 0):g}/{total[name]:g}" if name in total else "-" for name in COUNTED)
-        state = "alive" if node["Alive"] else "dead"
-        table.add_row(f"{node['NodeManagerAddress']} {node['NodeID'][:8]}{head}", state, *used)
+        table.add_row(
+            node["NodeID"][:8],
+            node["NodeManagerAddress"],
+            "head" if "node:__internal_head__" in total else "worker",
+            "alive" if node["Alive"] else "dead",
+            *(f"{total[name] - left.get(name, 0):g}/{total[name]:g}" if name in total else "-" for name in COUNTED),
+        )
     console.print(table, highlight=False)
     if found and found.address == os.environ["RAY_ADDRESS"]:
         console.print(f"dashboard: {found.dashboard}", highlight=False)

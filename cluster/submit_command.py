@@ -13,42 +13,37 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from cluster.job_submission import Job, details_of, exit_code, follow, jobs_of, send
+from cluster.ray_job import RayJobOptions, manifest
 from mmllm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-submit_app = typer.Typer(
-    help="Run a command on a cluster: options of submit first, then the command. Its exit code is the command's.",
-    no_args_is_help=True,
-)
+submit_app = typer.Typer(help="Run a command on a cluster.", no_args_is_help=True)
 console = Console()
-_AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+SENT = ("train", "evaluate", "embed")
+"""Commands that can be submitted."""
+
+Address = Annotated[
+    str | None, typer.Option(help="URL of a cluster's dashboard, or HOST:PORT of its Ray; else the local cluster.")
+]
+Wait = Annotated[bool, typer.Option(help="Follow the job until it ends.")]
+JobId = Annotated[str, typer.Argument(help="As 'mmllm submit list' names it.")]
 
 
 @dataclass(frozen=True)
 class Options:
     """How a job is sent and watched."""
 
-    address: str | None
     wait: bool
     retries: int
     name: str | None
-    folder: Path
-    environment: dict[str, str]
-    pins: bool
-    manifest: Path | None
-    image: str
-    nodes: int
 
 
-@submit_app.callback()
-def _options(
+def submit(
     context: typer.Context,
-    address: Annotated[
-        str | None, typer.Option(help="URL of a cluster's dashboard, or HOST:PORT of its Ray; else the local cluster.")
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the job until it ends.")] = True,
+    address: Address = None,
+    wait: Wait = True,
     retries: Annotated[int, typer.Option(min=0, help="How often a job that failed is sent again.")] = 0,
     name: Annotated[str | None, typer.Option(help="That the job goes by; one is made up if not given.")] = None,
     folder: Annotated[Path, typer.Option(help="Folder that goes with the job, and that it runs in.")] = Path(),
@@ -63,10 +58,28 @@ def _options(
     image: Annotated[str, typer.Option(help="Of the RayJob's pods.")] = "mmllm/train:0.1.0",
     nodes: Annotated[int, typer.Option(min=1, help="Worker pods of the RayJob.")] = 2,
 ) -> None:
+    """Send a command, whose own arguments and options stand among these; end as it ends."""
     if retries and not (wait or kubernetes):
         raise ConfigError("--retries: this command sends a job again, so it must stay: leave --no-wait out")
-    environment = dict(_pair(item) for item in env or [])
-    context.obj = Options(address, wait, retries, name, folder, environment, pins, kubernetes, image, nodes)
+    folder = folder.absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"--folder {folder}: no such folder")
+    job = Job(_checked(context, folder), folder, dict(_pair(item) for item in env or []), pins)
+    if kubernetes is not None:
+        _write_manifest(job, RayJobOptions(name, image, nodes, retries), kubernetes)
+        return
+    with jobs_of(address) as client:
+        code = _run(client, job, Options(wait, retries, name))
+    raise typer.Exit(code)
+
+
+for _name in SENT:
+    submit_app.command(
+        _name,
+        help=f"Run 'mmllm {_name}' there. Its exit code is the command's. Arguments and options: those of "
+        f"'mmllm {_name}' ('mmllm {_name} --help'), and these.",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )(submit)
 
 
 def _pair(item: str) -> tuple[str, str]:
@@ -76,28 +89,10 @@ def _pair(item: str) -> tuple[str, str]:
     return key, value
 
 
-@submit_app.command(context_settings=_AS_THEY_ARE)
-def train(context: typer.Context) -> None:
-    """Run 'mmllm train' with what follows."""
-    _submit(context)
-
-
-@submit_app.command(context_settings=_AS_THEY_ARE)
-def evaluate(context: typer.Context) -> None:
-    """Run 'mmllm evaluate' with what follows."""
-    _submit(context)
-
-
-@submit_app.command(context_settings=_AS_THEY_ARE)
-def embed(context: typer.Context) -> None:
-    """Run 'mmllm embed' with what follows."""
-    _submit(context)
-
-
 @submit_app.command("list")
-def list_jobs(context: typer.Context) -> None:
+def list_jobs(address: Address = None) -> None:
     """Print the cluster's jobs, the last one first."""
-    with jobs_of(context.obj.address) as client:
+    with jobs_of(address) as client:
         jobs = [job for job in client.list_jobs() if job.submission_id]
     table = Table("job", "state", "started", "ran for", "command", box=None, padding=(0, 2))
     for job in sorted(jobs, key=lambda job: -(job.start_time or 0)):
@@ -114,35 +109,23 @@ def list_jobs(context: typer.Context) -> None:
 
 
 @submit_app.command()
-def stop(context: typer.Context, job: Annotated[str, typer.Argument(help="As 'mmllm submit list' names it.")]) -> None:
+def stop(job: JobId, address: Address = None) -> None:
     """Stop a job: it has half a minute to end by itself."""
-    with jobs_of(context.obj.address) as client:
+    with jobs_of(address) as client:
         details_of(client, job)
         stopped = client.stop_job(job)
     console.print(f"job {job} {'is being stopped' if stopped else 'had ended'}", highlight=False)
 
 
 @submit_app.command()
-def logs(context: typer.Context, job: Annotated[str, typer.Argument(help="As 'mmllm submit list' names it.")]) -> None:
+def logs(job: JobId, address: Address = None, wait: Wait = True) -> None:
     """Print what a job says, until it ends; the exit code is the job's."""
-    with jobs_of(context.obj.address) as client:
-        if not context.obj.wait:
+    with jobs_of(address) as client:
+        if not wait:
             details_of(client, job)
             sys.stdout.write(client.get_job_logs(job))
             return
         raise typer.Exit(_watch(client, job))
-
-
-def _submit(context: typer.Context) -> None:
-    options: Options = context.obj
-    arguments = _checked(context)
-    job = Job(arguments, options.folder.absolute(), options.environment, options.pins)
-    if options.manifest is not None:
-        _write_manifest(job, options)
-        return
-    with jobs_of(options.address) as client:
-        code = _run(client, job, options)
-    raise typer.Exit(code)
 
 
 def _run(client: "JobSubmissionClient", job: Job, options: Options) -> int:
@@ -180,7 +163,7 @@ def _watch(client: "JobSubmissionClient", job_id: str) -> int:
     return code
 
 
-def _checked(context: typer.Context) -> tuple[str, ...]:
+def _checked(context: typer.Context, folder: Path) -> tuple[str, ...]:
     """The command's arguments, read as the command itself will read them, so that mistakes are told here and now.
 
     Files that are named must lie in the folder that goes along, and are named by their path in it.
@@ -193,9 +176,6 @@ def _checked(context: typer.Context) -> tuple[str, ...]:
     assert isinstance(root, TyperGroup)
     command = root.commands[name]
     given = command.make_context(name, list(context.args), parent=context.find_root()).params
-    folder = context.obj.folder.absolute()
-    if not folder.is_dir():
-        raise ConfigError(f"--folder {folder}: no such folder")
     arguments = list(context.args)
     recipe = given.get("recipe")
     if recipe is not None and "resume" not in {key for key, value in given.items() if value is not None}:
@@ -214,16 +194,13 @@ def _inside(folder: Path, file: Path) -> str:
         ) from error
 
 
-def _write_manifest(job: Job, options: Options) -> None:
-    from cluster.ray_job import RayJobOptions, manifest
-
-    text = manifest(job, RayJobOptions(options.name, options.image, options.nodes, options.retries))
-    if str(options.manifest) == "-":
+def _write_manifest(job: Job, options: RayJobOptions, file: Path) -> None:
+    text = manifest(job, options)
+    if str(file) == "-":
         sys.stdout.write(text)
     else:
-        assert options.manifest is not None
-        options.manifest.write_text(text, encoding="utf-8")
-        _tell(f"start it: kubectl create -f {options.manifest}")
+        file.write_text(text, encoding="utf-8")
+        _tell(f"start it: kubectl create -f {file}")
 
 
 def _tell(said: Any) -> None:

@@ -38,8 +38,9 @@ def worker_nodes(address: str, count: int, *, cpus: int, resources: Mapping[str,
     started: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
+            # One after another: each names its sockets by counting those that are there already.
             started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL))
-        _wait_for(count, started)
+            _wait_for(started)
         yield
     finally:
         for process in started:
@@ -51,15 +52,15 @@ def worker_nodes(address: str, count: int, *, cpus: int, resources: Mapping[str,
                 process.kill()
 
 
-def _wait_for(count: int, started: list[subprocess.Popen[bytes]]) -> None:
+def _wait_for(started: list[subprocess.Popen[bytes]]) -> None:
     import ray
 
     ends = time.monotonic() + STARTS_WITHIN_S
-    while sum(node["Alive"] for node in ray.nodes()) <= count:
+    while sum(node["Alive"] for node in ray.nodes()) <= len(started):
         if any(process.poll() is not None for process in started):
-            raise EnvironmentLack("a worker node ended as it started: what it said is above")
+            raise EnvironmentLack("a worker node ended as it started, and said why above")
         if time.monotonic() > ends:
             raise EnvironmentLack(
-                f"{count} worker nodes did not start in {STARTS_WITHIN_S:g} s: ask for fewer, with --workers"
+                f"worker node {len(started)} did not start in {STARTS_WITHIN_S:g} s: ask for fewer, with --workers"
             )
         time.sleep(0.1)

@@ -100,7 +100,7 @@ def test_the_cluster_has_its_nodes_and_only_this_machine_and_the_token_reach_it(
 
 
 def test_training_is_sent_with_its_folder_and_runs_on_both_nodes(client: JobSubmissionClient, folder: Path) -> None:
-    sent = command("submit", "--name", "train-sent", "train", "recipes/sent.yaml", "steps=6", folder=folder)
+    sent = command("submit", "train", "recipes/sent.yaml", "steps=6", "--name", "train-sent", folder=folder)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     bundle = Bundle.latest()
     assert bundle.info.name == "sent"
@@ -113,7 +113,7 @@ def test_training_is_sent_with_its_folder_and_runs_on_both_nodes(client: JobSubm
 
 
 def test_a_failed_job_is_sent_again_and_its_exit_code_is_the_commands(client: JobSubmissionClient) -> None:
-    failed = command("submit", "--name", "asks", "--retries", "1", "evaluate", "--bundle", "/nowhere")
+    failed = command("submit", "evaluate", "--name", "asks", "--retries", "1", "--bundle", "/nowhere")
     assert failed.returncode == 1
     assert failed.stdout.count("/nowhere: no such bundle") or failed.stdout.count("/nowhere") >= 2
     assert {client.get_job_info(name).driver_exit_code for name in ("asks", "asks-1")} == {1}
@@ -125,7 +125,7 @@ def test_a_failed_job_is_sent_again_and_its_exit_code_is_the_commands(client: Jo
 def test_nodes_with_other_packages_are_named(cluster: RunningRay, tmp_path: Path) -> None:
     pins = json.dumps({"numpy": "0.1", "python": ".".join(map(str, sys.version_info[:2]))})
     refused = command(
-        *("submit", "--no-pins", "--env", f"MMLLM_PINS={pins}", "embed", "embedded-instruct"), folder=tmp_path
+        *("submit", "embed", "embedded-instruct", "--no-pins", "--env", f"MMLLM_PINS={pins}"), folder=tmp_path
     )
     assert refused.returncode == 1
     said = " ".join(refused.stdout.split())
@@ -162,9 +162,9 @@ def test_mistakes_are_told_before_anything_is_sent(client: JobSubmissionClient, 
         ("train", "recipes/sent.yaml", "--workers", "none"): "--workers",
         ("train", str(outside)): "does not lie in",
         ("evaluate", "--question", "3"): "--question",
-        ("--env", "A", "evaluate"): "KEY=VALUE",
-        ("--no-wait", "--retries", "1", "evaluate"): "--retries",
-        ("--folder", "/nowhere", "evaluate"): "/nowhere",
+        ("evaluate", "--env", "A"): "KEY=VALUE",
+        ("evaluate", "--no-wait", "--retries", "1"): "--retries",
+        ("evaluate", "--folder", "/nowhere"): "/nowhere",
     }.items():
         done = command("submit", *arguments, folder=folder)
         assert done.returncode in (1, 2), done.stdout
