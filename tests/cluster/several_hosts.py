@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from cluster.ray_record import showing_token
 from mmllm_core.bundle import Bundle
 from serve_apps.builder import APP_NAME, CLIP, PHI, WHISPER, build
 from serve_apps.config_files import load_serve_config
@@ -53,13 +54,6 @@ class Cluster:
     """A Ray of three hosts, the first its head; each has room for one training worker and one replica of each model."""
 
     def __init__(self, folder: Path):
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32), encoding="utf-8")
-        os.environ |= QUICK | {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
         lay_cable()
         self.hosts = [Host(10 + number, folder) for number in range(3)]
         self.head = self.hosts[0]
@@ -219,12 +213,16 @@ def serve_and_lose(cluster: Cluster, bundle: Path, folder: Path) -> dict[str, An
 
 def main(recipe: Path, folder: Path) -> None:
     """All of it, one after another."""
-    cluster = Cluster(folder)
-    found: dict[str, Any] = {"quiet": train(cluster, recipe, "quiet")}
-    seen: dict[str, Any] = {}
-    found["disturbed"] = train(cluster, recipe, "disturbed", lambda log: lose_hosts(cluster, log, seen))
-    found |= seen
-    found["served"] = serve_and_lose(cluster, Bundle.latest().folder, folder)
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    os.environ |= QUICK | {"RAY_USAGE_STATS_ENABLED": "0"}
+    with showing_token(token):
+        cluster = Cluster(folder)
+        found: dict[str, Any] = {"quiet": train(cluster, recipe, "quiet")}
+        seen: dict[str, Any] = {}
+        found["disturbed"] = train(cluster, recipe, "disturbed", lambda log: lose_hosts(cluster, log, seen))
+        found |= seen
+        found["served"] = serve_and_lose(cluster, Bundle.latest().folder, folder)
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 

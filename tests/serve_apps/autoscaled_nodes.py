@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from cluster.ray_record import showing_token
 from serve_apps.builder import APP_NAME, build
 from serve_apps.config_files import load_serve_config
 from tests.serve_apps.conftest import free_port, recorded_speech
@@ -109,8 +110,6 @@ def autoscaled_ray(folder: Path) -> Iterator[None]:
     token = folder / "token"
     token.write_text(secrets.token_hex(32), encoding="utf-8")
     os.environ |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -123,16 +122,16 @@ def autoscaled_ray(folder: Path) -> Iterator[None]:
         *("--autoscaling-config", str(config), "--temp-dir", str(folder / "ray")),
     ]
     head_only = {"RAY_CLOUD_INSTANCE_ID": HEAD, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
-    with (folder / "head.log").open("wb") as log:
+    with showing_token(token), (folder / "head.log").open("wb") as log:
         head = subprocess.Popen(command, env=os.environ | head_only, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        wait_for(lambda: _listens(port) or head.poll() is not None, "the head", 60)
-        ray.init(address=f"127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR")
-        yield
-        ray.shutdown()
-    finally:
-        head.terminate()
-        head.wait(timeout=60)
+        try:
+            wait_for(lambda: _listens(port) or head.poll() is not None, "the head", 60)
+            ray.init(address=f"127.0.0.1:{port}", log_to_driver=False, logging_level="ERROR")
+            yield
+            ray.shutdown()
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
 
 
 class NodeWatch:
