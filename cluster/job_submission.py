@@ -7,6 +7,7 @@ nothing of what a job does.
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.local import require_listener
 from cluster.local_cluster import local_cluster
 from cluster.pins import PINS, pins
 from cluster.ray_record import RunningRay, find_running, running_rays, showing_token, token_is_named
@@ -77,6 +79,7 @@ def jobs_of(address: str | None) -> Iterator["JobSubmissionClient"]:
     Raises:
         EnvironmentLack: no cluster is named and none runs here, it does not answer, or it asks for another token.
     """
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     named = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")
@@ -96,8 +99,10 @@ def jobs_of(address: str | None) -> Iterator["JobSubmissionClient"]:
         before = os.environ.get("RAY_API_SERVER_ADDRESS")
         os.environ["RAY_API_SERVER_ADDRESS"] = str(url)  # Ray heeds this before any argument
         try:
+            if "://" not in str(url):
+                require_listener(str(url))
             client = JobSubmissionClient(url)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError, RayError) as error:
             raise EnvironmentLack(
                 f"the cluster at '{url}' takes no jobs ({str(error).splitlines()[0]}): name its dashboard by "
                 "--address, and its token by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
@@ -107,6 +112,7 @@ def jobs_of(address: str | None) -> Iterator["JobSubmissionClient"]:
                 del os.environ["RAY_API_SERVER_ADDRESS"]
             else:
                 os.environ["RAY_API_SERVER_ADDRESS"] = before
+        logging.getLogger("ray").setLevel(logging.WARNING)
         yield client
 
 

@@ -161,9 +161,7 @@ def _join(address: str, *, verbose: bool) -> None:
 
     try:
         if address != "auto" and "://" not in address:
-            # Ray would try for minutes where nothing listens.
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            require_listener(address)
         ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose))
     except (OSError, ValueError, AuthenticationError) as error:
         if address == "auto":
@@ -177,6 +175,18 @@ def _join(address: str, *, verbose: bool) -> None:
                 "MMLLM_HOME of the command that started it, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
             )
         raise EnvironmentLack(message) from error
+
+
+def require_listener(address: str) -> None:
+    """See whether anything listens at `HOST:PORT`, for Ray tries for minutes where nothing does.
+
+    Raises:
+        OSError, ValueError: nothing does, or that is no address.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise ValueError("this is neither a URL nor HOST:PORT")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _level(verbose: bool) -> int:

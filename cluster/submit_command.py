@@ -94,14 +94,17 @@ def list_jobs(address: Address = None) -> None:
     """Print the cluster's jobs, the last one first."""
     with jobs_of(address) as client:
         jobs = [job for job in client.list_jobs() if job.submission_id]
-    table = Table("job", "state", "started", "ran for", "command", box=None, padding=(0, 2))
+    table = Table(box=None, padding=(0, 1))
+    for heading in ("job", "state", "started", "ran for"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("command", overflow="fold")
     for job in sorted(jobs, key=lambda job: -(job.start_time or 0)):
         began = datetime.fromtimestamp(job.start_time / 1000) if job.start_time else None
         seconds = ((job.end_time or time.time() * 1000) - job.start_time) / 1000 if job.start_time else 0
         table.add_row(
             job.submission_id,
             str(job.status).lower(),
-            f"{began:%Y-%m-%d %H:%M:%S}" if began else "-",
+            f"{began:%m-%d %H:%M:%S}" if began else "-",
             f"{seconds:.0f} s",
             job.entrypoint.removeprefix("python -m cluster.cli "),
         )
