@@ -65,9 +65,7 @@ class Host:
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         """Run a command on it."""
-        assert self._init
-        (first,) = psutil.Process(self._init.pid).children()
-        enter = ["nsenter", "--target", str(first.pid), "--net", "--mount", "--pid", "--uts", "--ipc"]
+        enter = ["nsenter", "--target", str(self._first()), "--net", "--mount", "--pid", "--uts", "--ipc"]
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 [*enter, f"--wdns={os.getcwd()}", *command],
@@ -95,17 +93,30 @@ class Host:
 
     def command_lines(self, word: str = "") -> list[str]:
         """Of its processes, those with a word in them."""
+        if self._init is None:
+            return []
         found = []
-        for process in psutil.Process(self._init.pid).children(recursive=True) if self._init else ():
+        mine = _process_namespace(self._first())
+        for process in psutil.process_iter():
             try:
-                found.append(" ".join(process.cmdline()))
-            except psutil.Error:
+                if _process_namespace(process.pid) == mine:
+                    found.append(" ".join(process.cmdline()))
+            except (psutil.Error, OSError):
                 continue
         return [line for line in found if word in line]
+
+    def _first(self) -> int:
+        assert self._init
+        (first,) = psutil.Process(self._init.pid).children()
+        return first.pid
 
     def said(self) -> str:
         """What its commands have printed."""
         return self._log.read_text(encoding="utf-8", errors="replace")
+
+
+def _process_namespace(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/pid")
 
 
 def _run(*command: Any) -> None:

@@ -63,11 +63,17 @@ class Cluster:
 
     def boot(self, host: Host) -> None:
         """Start a host and its Ray, and wait until it is a node of the cluster."""
+        host.mend()
         host.boot()
-        self.start_ray(host)
+        self._start_ray(host)
 
-    def start_ray(self, host: Host) -> None:
-        """Start Ray on a host that runs, and wait until it is a node of the cluster."""
+    def mend(self, host: Host) -> None:
+        """Mend a link that was cut for so long that the host is missed: its Ray learns that, ends, and starts anew."""
+        host.mend()
+        wait_for(lambda: not host.command_lines("ray"), f"Ray on {host.name} to end")
+        self._start_ray(host)
+
+    def _start_ray(self, host: Host) -> None:
         where = ("--head", "--port", str(PORT)) if host is self.head else ("--address", self.address)
         command = [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *where),
@@ -77,7 +83,7 @@ class Cluster:
         if host is self.head:
             command += ["--include-dashboard=false"]
         host.start(*command)
-        wait_for(lambda: host.address in self.alive(), f"{host.name} to be a node: {host.said()[-500:]}")
+        wait_for(lambda: host.address in self.alive(), f"{host.name} to be a node")
 
     def alive(self) -> set[str]:
         """Addresses of the nodes that Ray believes to be there."""
@@ -139,14 +145,11 @@ def lose_hosts(cluster: Cluster, log: Path, seen: dict[str, Any]) -> None:
     seen["workers_on"] = worker_hosts(cluster)
     cut.cut()
     wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
-    wait_for(lambda: not cut.command_lines("raylet"), f"Ray on {cut.name} to give up")
-    cut.mend()
-    cluster.start_ray(cut)
+    cluster.mend(cut)
     wait_for(lambda: resumed(1), "the run to go on")
     wait_for(lambda: checkpoint(30), "another checkpoint")
     ended.end()
     wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
-    ended.mend()
     cluster.boot(ended)
     wait_for(lambda: resumed(2), "the run to go on again")
 
@@ -197,9 +200,7 @@ def serve_and_lose(cluster: Cluster, bundle: Path, folder: Path) -> dict[str, An
         cut.cut()
         wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
         wait_for(lambda: answered_since(marks["cut"]), "answers without a host")
-        wait_for(lambda: not cut.command_lines("raylet"), f"Ray on {cut.name} to give up")
-        cut.mend()
-        cluster.start_ray(cut)
+        cluster.mend(cut)
         marks["ended"] = len(read()["endings"])
         ended.end()
         wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
