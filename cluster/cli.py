@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cluster.benchmark_command import benchmark
 from cluster.chat_command import chat
+from cluster.cluster_commands import cluster_app
 from cluster.data_commands import data
 from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
@@ -21,6 +22,7 @@ from cluster.plan_command import plan
 from cluster.report_command import report
 from cluster.space_command import space_app
 from cluster.spoken_command import evaluate_spoken
+from cluster.submit_command import submit_app
 from cluster.top_command import top
 from cluster.train_command import train
 from cluster.ui_command import ui
@@ -42,9 +44,11 @@ app.command()(report)
 app.command()(top)
 app.command()(train)
 app.command()(ui)
+app.add_typer(cluster_app, name="cluster")
 app.add_typer(features_app, name="features")
 app.add_typer(keys_app, name="keys")
 app.add_typer(space_app, name="space")
+app.add_typer(submit_app, name="submit")
 console = Console()
 
 Port = Annotated[int, typer.Option(help="Port of the HTTP service.", min=1, max=65535)]

@@ -1,18 +1,21 @@
-"""A Ray of our own on this machine: started for one command, and ended with it.
+"""A Ray of our own on this machine, started for one command and ended with it, and Rays that run already.
 
-Every deployment asks for its modality's resource, so the local node offers some of each.
+Every deployment asks for its modality's resource, so nodes of our own offer some of each.
 """
 
+import json
 import logging
 import os
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.pins import PINS, require_pins
 from cluster.ray_record import find_running, recording, showing_token, token_is_named
 from mmllm_core.errors import EnvironmentLack
 
@@ -40,6 +43,18 @@ def quieten() -> None:
             os.environ.setdefault(name, value)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Of a Ray on this machine."""
+
+    cpus: int
+    """That Ray counts on each node that runs work."""
+    workers: int = 0
+    """Nodes beside the head, each a raylet of its own; with any, the head runs no work, as on Kubernetes."""
+    dashboard: bool = False
+    """Whether there is one, on loopback: the Jobs API is a part of it."""
+
+
 @contextmanager
 def local_ray(*, verbose: bool = False) -> Iterator[None]:
     """Run the block on a Ray that belongs to this process, or on the cluster that `RAY_ADDRESS` names.
@@ -48,43 +63,57 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
     `running_ray` finds.
 
     Raises:
-        EnvironmentLack: the cluster cannot be joined, or the home folder cannot be written.
+        EnvironmentLack: the cluster cannot be joined or has other packages than a submitted job was pinned to, or the
+            home folder cannot be written.
     """
-    import ray
-
-    from serve_apps.proxy import PROXY_ENVIRONMENT
     from train_jobs.accelerators import usable_cores
 
     with ExitStack() as stack:
-        if address := os.environ.get("RAY_ADDRESS"):
-            _join(address, verbose=verbose)
+        stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
+        if os.environ.get("RAY_ADDRESS"):
+            stack.enter_context(running_ray(verbose=verbose))
+            stack.enter_context(_interruptible(verbose))
+            if pins := os.environ.get(PINS):
+                require_pins(json.loads(pins))
         else:
-            os.environ.update(PROXY_ENVIRONMENT)
-            # Ray asks for a token by default, and would share one of this user's in a file that others may read.
-            publish = None if token_is_named() else stack.enter_context(recording())
             # Two CPUs at least: two workers then share the one core of a small machine, slowly.
-            ray.init(
-                "local",  # else it goes to what `ray start` noted on this machine, alive or dead
-                num_cpus=max(2, usable_cores()),
-                resources=dict.fromkeys(MODALITIES, 8.0),
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level=_level(verbose),
-            )
-            if publish is not None:
-                publish(ray.get_runtime_context().gcs_address)
-        # After Ray, which sets handlers of its own; and a shell may have started us with SIGINT ignored.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
-        for name in ("ray.train", "ray.serve", "ray.data", "ray"):
-            logging.getLogger(name).setLevel(_level(verbose))
-        try:
+            stack.enter_context(own_ray(Shape(cpus=max(2, usable_cores())), verbose=verbose))
+        yield
+
+
+@contextmanager
+def own_ray(shape: Shape, *, verbose: bool = False) -> Iterator[None]:
+    """Run the block on a Ray that belongs to this process, which ends as the block does.
+
+    Raises:
+        EnvironmentLack: the home folder cannot be written, or a worker node did not start.
+    """
+    import ray
+
+    from cluster.worker_nodes import worker_nodes
+    from serve_apps.proxy import PROXY_ENVIRONMENT
+
+    resources = dict.fromkeys(MODALITIES, 8.0)
+    with ExitStack() as stack:
+        os.environ.update(PROXY_ENVIRONMENT)
+        # Ray asks for a token by default, and would share one of this user's in a file that others may read.
+        publish = None if token_is_named() else stack.enter_context(recording())
+        found = ray.init(
+            address="local",  # else it goes to what `ray start` noted on this machine, alive or dead
+            num_cpus=0 if shape.workers else shape.cpus,
+            resources={} if shape.workers else resources,
+            include_dashboard=shape.dashboard,
+            log_to_driver=verbose,
+            logging_level=_level(verbose),
+        )
+        stack.callback(ray.shutdown)
+        address = ray.get_runtime_context().gcs_address
+        if shape.workers:
+            stack.enter_context(worker_nodes(address, shape.workers, cpus=shape.cpus, resources=resources))
+        if publish is not None:
+            publish(address, f"http://{found.dashboard_url}" if shape.dashboard else None)
+        with _interruptible(verbose):
             yield
-        finally:
-            # A second Ctrl-C must not leave processes behind.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            ray.shutdown()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
@@ -110,6 +139,21 @@ def running_ray(*, verbose: bool = False) -> Iterator[None]:
             ray.shutdown()
 
 
+@contextmanager
+def _interruptible(verbose: bool) -> Iterator[None]:
+    """End the block by Ctrl-C and SIGTERM, and let nothing interrupt what is ended after it."""
+    # After Ray, which sets handlers of its own; and a shell may have started us with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    for name in ("ray.train", "ray.serve", "ray.data", "ray"):
+        logging.getLogger(name).setLevel(_level(verbose))
+    try:
+        yield
+    finally:
+        # A second Ctrl-C must not leave processes behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _join(address: str, *, verbose: bool) -> None:
     """Raise EnvironmentLack if that cannot be done."""
     import ray
@@ -117,9 +161,7 @@ def _join(address: str, *, verbose: bool) -> None:
 
     try:
         if address != "auto" and "://" not in address:
-            # Ray would try for minutes where nothing listens.
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            require_listener(address)
         ray.init(address=address, log_to_driver=verbose, logging_level=_level(verbose))
     except (OSError, ValueError, AuthenticationError) as error:
         if address == "auto":
@@ -133,6 +175,18 @@ def _join(address: str, *, verbose: bool) -> None:
                 "MMLLM_HOME of the command that started it, or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
             )
         raise EnvironmentLack(message) from error
+
+
+def require_listener(address: str) -> None:
+    """See whether anything listens at `HOST:PORT`, for Ray tries for minutes where nothing does.
+
+    Raises:
+        OSError, ValueError: nothing does, or that is no address.
+    """
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()):
+        raise ValueError("this is neither a URL nor HOST:PORT")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _level(verbose: bool) -> int:

@@ -13,10 +13,11 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.home import home
@@ -34,6 +35,17 @@ class RunningRay:
     command: str
     """The command line that started it."""
     token_file: Path
+    pid: int
+    """Of the process whose Ray it is: it ends with this."""
+    dashboard: str | None = None
+    """URL of its dashboard, where the Jobs API answers, if it has one."""
+
+
+class Publish(Protocol):
+    """Says where a Ray is, so that others can join it."""
+
+    def __call__(self, address: str, dashboard: str | None = None) -> None:
+        """Take `HOST:PORT`, and the URL of its dashboard."""
 
 
 def token_is_named() -> bool:
@@ -42,11 +54,11 @@ def token_is_named() -> bool:
 
 
 @contextmanager
-def recording() -> Iterator[Callable[[str], None]]:
+def recording() -> Iterator[Publish]:
     """Have the Ray that the block starts ask for a token of its own; what is kept of it goes with the block.
 
     Yields:
-        Says where that Ray is, `HOST:PORT`, so that others can join it.
+        What is told where that Ray is.
 
     Raises:
         EnvironmentLack: the home folder cannot be written.
@@ -65,10 +77,11 @@ def recording() -> Iterator[Callable[[str], None]]:
             f"{folder}: cannot be written ({error.strerror or error}): free space or set MMLLM_HOME"
         ) from error
 
-    def publish(address: str) -> None:
+    def publish(address: str, dashboard: str | None = None) -> None:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        said = {"address": address, "command": command, "pid": os.getpid(), "dashboard": dashboard}
         aside = folder / "ray.json.new"
-        aside.write_text(json.dumps({"address": address, "command": command}), encoding="utf-8")
+        aside.write_text(json.dumps(said), encoding="utf-8")
         aside.rename(folder / "ray.json")
 
     try:
@@ -105,7 +118,7 @@ def find_running(address: str | None) -> RunningRay | None:
     Raises:
         EnvironmentLack: no address is given and several run; the message names them.
     """
-    running = _running()
+    running = running_rays()
     if address is not None:
         return next((ray for ray in running if _is_at(ray, address)), None)
     if len(running) > 1:
@@ -114,7 +127,8 @@ def find_running(address: str | None) -> RunningRay | None:
     return next(iter(running), None)
 
 
-def _running() -> list[RunningRay]:
+def running_rays() -> list[RunningRay]:
+    """All of this home that can be joined."""
     found = []
     for folder in sorted((home() / "rays").glob("[!.]*")):
         try:
@@ -122,7 +136,7 @@ def _running() -> list[RunningRay]:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 said = json.loads((folder / "ray.json").read_text(encoding="utf-8"))
-                found.append(RunningRay(said["address"], said["command"], folder / "token"))
+                found.append(RunningRay(**said, token_file=folder / "token"))
         except FileNotFoundError:  # it cannot be joined yet, or no longer
             continue
     return found

@@ -6,6 +6,7 @@ features/   the feature store, unless `$MMLLM_FEATURES` names another folder or 
 bundles/    trained and imported assistants; `latest` names the last one
 files/      files that were uploaded to the service, unless its config names another folder
 rays/       the Rays that commands started and that run, each with its token
+cluster.log         what the local cluster printed
 features-cache/     copies of shards of feature stores that lie elsewhere
 chat_history        lines that were typed into `mmllm chat`
 image-keys.sqlite   the pixel hashes of image files that were read before

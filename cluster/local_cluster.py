@@ -1,0 +1,101 @@
+"""A Ray cluster on this machine that outlives the command that starts it: a head, and worker nodes as processes.
+
+A process in the background holds it, and it ends with that process. Only one of them runs for each home; the token that
+it asks for, and where it is, is kept in `cluster.ray_record`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from cluster.local import Shape, own_ray
+from cluster.ray_record import RunningRay, running_rays, token_is_named
+from cluster.server import wait_for_ever
+from mmllm_core.errors import EnvironmentLack
+from mmllm_core.models.home import home
+
+ENDS_WITHIN_S = 60.0
+_HELD = "cluster up"
+
+
+def local_cluster() -> RunningRay | None:
+    """The one that runs, if any; Rays of other commands are none."""
+    return next((ray for ray in running_rays() if _HELD in ray.command), None)
+
+
+def start(shape: Shape) -> RunningRay:
+    """Start one in the background and wait until all of its nodes are there.
+
+    Raises:
+        EnvironmentLack: one runs already, the environment names a token of its own, or it did not start.
+    """
+    if running := local_cluster():
+        raise EnvironmentLack(f"a cluster runs at {running.address} already: end it with 'mmllm cluster down'")
+    if token_is_named():
+        raise EnvironmentLack(
+            "the environment names a Ray token (RAY_AUTH_...), and a cluster here has one of its own: unset it"
+        )
+    log = log_file()
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        output = log.open("wb")
+    except OSError as error:
+        raise EnvironmentLack(f"{log}: cannot be written ({error.strerror}): free space or set MMLLM_HOME") from error
+    command = [sys.executable, "-m", "cluster.cli", "cluster", "up", "--stay"]
+    command += ["--workers", str(shape.workers), "--cpus", str(shape.cpus)]
+    # Jobs find Python by name, and it shall be this one.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PATH": path}
+    with output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+    while not (found := local_cluster()):
+        if process.poll() is not None:
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise EnvironmentLack(f"the cluster did not start: {said[-1] if said else 'it said nothing'} (see {log})")
+        time.sleep(0.1)
+    return found
+
+
+def hold(shape: Shape) -> None:
+    """Be the cluster until SIGTERM or Ctrl-C."""
+    with own_ray(shape):
+        wait_for_ever()
+
+
+def stop() -> RunningRay:
+    """End the cluster and all that runs on it, and wait for that.
+
+    Raises:
+        EnvironmentLack: none runs, or it does not end.
+    """
+    running = local_cluster()
+    if running is None:
+        raise EnvironmentLack("no cluster of this MMLLM_HOME runs here: start one with 'mmllm cluster up'")
+    try:
+        process = psutil.Process(running.pid)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=ENDS_WITHIN_S)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired as error:
+        raise EnvironmentLack(
+            f"process {running.pid} does not end: kill it, and what it started ends (see {log_file()})"
+        ) from error
+    return running
+
+
+def log_file() -> Path:
+    """What the process in the background prints."""
+    return home() / "cluster.log"

@@ -1,0 +1,77 @@
+"""Three hosts for real: what is trained and served on them survives a link that is cut and a host that ends."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mmllm_core.models.profile import load_profile
+from mmllm_core.models.resolve import resolve
+from tests.cluster.hosts import ISOLATED
+from tests.train_jobs.conftest import TinyRecipe, compiled_ops, tiny_home, tiny_recipe  # noqa: F401
+from train_jobs.progress import step_lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
+
+STEPS = 60
+
+
+def lack() -> str | None:
+    """Why there can be no hosts here."""
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return "no hosts: they want Linux with util-linux and iproute2"
+    tried = "ip link add a type veth peer name b && ip link add c type bridge && mount -t tmpfs t /mnt"
+    done = subprocess.run([*ISOLATED, "sh", "-c", tried], capture_output=True, text=True, check=False)
+    return f"no hosts: network namespaces want root ({done.stderr.strip()})" if done.returncode else None
+
+
+@pytest.fixture
+def found(tiny_recipe: TinyRecipe, tiny_home: Path) -> dict[str, Any]:  # noqa: F811
+    """What `tests.cluster.several_hosts` saw."""
+    if reason := lack():
+        pytest.skip(reason)
+    resolve(load_profile("embedded").audio.source)  # there is no network later
+    recipe = tiny_recipe("hosts", steps=STEPS, workers=3, batch_size=6, checkpoint={"every_steps": 10}, max_restarts=9)
+    with tempfile.TemporaryDirectory(prefix="mmllm-") as name:
+        file = Path(name) / "recipe.yaml"
+        file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+        ran = subprocess.run(
+            [*ISOLATED, sys.executable, "-m", "tests.cluster.several_hosts", str(file), name],
+            cwd=Path(__file__).parents[2],
+            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=1100,
+        )
+        logs = "".join(log.read_text(errors="replace")[-2000:] for log in Path(name).glob("host*.log"))
+        assert ran.returncode == 0, ran.stderr[-3000:] + logs
+        seen: dict[str, Any] = json.loads((Path(name) / "found.json").read_text(encoding="utf-8"))
+        return seen
+
+
+def test_what_is_trained_and_served_on_hosts_survives_their_loss(found: dict[str, Any]) -> None:
+    quiet, disturbed = found["quiet"], found["disturbed"]
+    assert (quiet["code"], disturbed["code"]) == (0, 0), quiet["said"] + disturbed["said"]
+    assert found["workers_on"] == ["host10", "host11", "host12"]
+    assert sum(line.get("event") == "resumed" for line in disturbed["lines"]) >= 2
+    losses = {name: [line["loss"] for line in step_lines(found[name]["lines"])] for name in ("quiet", "disturbed")}
+    assert len(losses["quiet"]) == STEPS
+    assert losses["disturbed"] == losses["quiet"]
+
+    served = found["served"]
+    assert served["code"] == 0, served["said"]
+    assert all(served["replicas"].values()), served["replicas"]
+    ends = [ending["how"] for ending in served["endings"]]
+    assert not {"silent", "hung"} & set(ends)
+    # a stream that had begun may tell of an error, and so may the ingress while Serve learns that a host is gone
+    assert ends[-6:] == ["answered"] * 6
+    assert ends[: served["marks"]["cut"]] == ["answered"] * served["marks"]["cut"]
+    assert sum(how == "answered" for how in ends) >= 0.8 * len(ends)
