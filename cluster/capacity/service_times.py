@@ -71,6 +71,8 @@ class ServiceTimes(StrictModel):
     origin: Literal["measured", "assumed"]
     where: str
     """Models, hardware and date, or what is assumed and by whom."""
+    versions: dict[str, str] = Field(default_factory=dict)
+    """Package -> version that was measured."""
     ingress: IngressTimes
     vision: VisionTimes
     audio: AudioTimes
