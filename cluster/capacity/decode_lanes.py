@@ -37,6 +37,8 @@ class DecodeLanes:
     unread: Floats = field(default_factory=lambda: np.zeros(0))
     """(n_lanes,) positions of them."""
     callers: Callers = field(default_factory=Callers)
+    busy: float = 0.0
+    """Share of the last tick that a lane had something to do, on average."""
 
     @property
     def n_lanes(self) -> int:
@@ -60,13 +62,24 @@ class DecodeLanes:
             self.unread = np.concatenate([self.unread, more.astype(float)])
 
     def advance(
-        self, chance: np.random.Generator, now: float, tick_s: float, n: int, prompt: float, told: list[Told]
+        self,
+        chance: np.random.Generator,
+        now: float,
+        tick_s: float,
+        n: int,
+        prompt: float,
+        told: list[Told],
+        speed: float = 1.0,
     ) -> list[Told]:
         """Take `n` requests of `prompt` positions each on average and let a tick pass.
+
+        Args:
+            speed: as `QueueLanes.advance`.
 
         Returns:
             Requests that are told and were taken, with seconds until their first token.
         """
+        tick_s = tick_s * speed
         load = (self.decoding + self.reading).astype(float)
         free = np.maximum(0, self.slots - load)
         sent, going = self.callers.pass_on(chance, now, n, int(free.sum()), told)
@@ -75,10 +88,12 @@ class DecodeLanes:
         if going:
             waits = self._waits(chance, load, lanes, took, prompt, tick_s, len(going))
             for request, seconds in zip(going, waits.tolist(), strict=True):
-                request.seconds += seconds
+                request.seconds += seconds / speed
         self.reading = self.reading + took
         self.unread = self.unread + took * prompt
+        began = self.decoding + self.reading > 0
         self._step(chance, tick_s)
+        self.busy = float((began.mean() + (self.decoding + self.reading > 0).mean()) / 2) if len(load) else 0.0
         return going
 
     def step_of(self, decoding: float | NDArray) -> Floats:

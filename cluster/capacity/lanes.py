@@ -88,6 +88,19 @@ class Callers:
         """That wait now."""
         return self.joined - self.gone
 
+    @property
+    def told(self) -> bool:
+        """Whether any that is told waits."""
+        return bool(self._told)
+
+    def leave(self, now: float) -> list[Told]:
+        """Those that are told and still wait, with the seconds that they have waited."""
+        waiting = [request for _, _, request in self._told]
+        for _, since, request in self._told:
+            request.seconds += now - since
+        self._told.clear()
+        return waiting
+
     def pass_on(
         self, chance: np.random.Generator, now: float, n: int, room: int, told: list[Told]
     ) -> tuple[int, list[Told]]:
@@ -131,6 +144,8 @@ class QueueLanes:
     backlog: Floats = field(default_factory=lambda: np.zeros(0))
     """(n_lanes,) seconds that the requests held would take, each alone."""
     callers: Callers = field(default_factory=Callers)
+    busy: float = 0.0
+    """Share of the last tick that a lane had something to do, on average."""
     _hidden: float = 0.0
     _done: float = 0.0
 
@@ -154,19 +169,24 @@ class QueueLanes:
             self.backlog = np.concatenate([self.backlog, np.zeros(n - len(self.backlog))])
 
     def advance(
-        self, chance: np.random.Generator, now: float, tick_s: float, n: int, told: list[Told]
+        self, chance: np.random.Generator, now: float, tick_s: float, n: int, told: list[Told], speed: float = 1.0
     ) -> tuple[list[Told], int]:
         """Take `n` requests and let a tick pass.
+
+        Args:
+            speed: as fast as so, because others use the same hardware.
 
         Returns:
             Requests that are told and were taken, with seconds until they are done, and how many of all were done.
         """
         n_lanes = len(self.backlog)
+        tick_s = tick_s * speed
         load = self._load()
         # What a lane ends within a long tick makes room within it.
         room = np.maximum(0, self.slots - load + int(tick_s / self.alone_s))
         sent, going = self.callers.pass_on(chance, now, n, int(room.sum()) if n_lanes else 0, told)
         if not n_lanes:
+            self.busy = 0.0
             return [], 0
         lanes = route(chance, np.where(room > 0, load, 1e9), sent)
         took = np.bincount(lanes, minlength=n_lanes)
@@ -178,10 +198,12 @@ class QueueLanes:
             until = np.maximum(0, self.backlog[some] + at * ahead) + self.alone_s
             until = until / self._speed(until) + chance.exponential(1, len(going)) * within[some]
             for request, seconds in zip(going, until.tolist(), strict=True):
-                request.seconds += seconds
+                request.seconds += seconds / speed
         self._hidden = float((took / tick_s * (within + self.alone_s)).sum() * _hidden_share(tick_s, self.alone_s))
         self.backlog += took * self.alone_s
-        left = np.maximum(0, self.backlog - tick_s * self._speed(self.backlog))
+        most = tick_s * self._speed(self.backlog)
+        left = np.maximum(0, self.backlog - most)
+        self.busy = float(((self.backlog - left) / most).mean())
         self._done += float((self.backlog - left).sum()) / self.alone_s
         self.backlog = left
         done = int(self._done + 1e-9)

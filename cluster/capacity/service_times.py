@@ -20,7 +20,15 @@ class Hardware(StrictModel):
     """What one replica has for itself."""
 
     cpus: float = Field(default=0.0, ge=0)
+    """Cores that are paid for; those that come with a GPU's node and its price are left out."""
     gpus: float = Field(default=0.0, ge=0)
+    gpu: str = "GPU"
+    """Its name in a table of prices, such as H100."""
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """By the names that prices have."""
+        return {name: amount for name, amount in (("cpu", self.cpus), (self.gpu, self.gpus)) if amount}
 
 
 class Part(StrictModel):
@@ -94,5 +102,9 @@ def load_service_times(name_or_path: str) -> ServiceTimes:
         return load_config(ServiceTimes, Path(name_or_path))
     if name_or_path not in service_time_names():
         known = ", ".join(service_time_names())
-        raise ConfigError(f"service times '{name_or_path}' are unknown: choose one of {known} or give a YAML file")
+        raise ConfigError(
+            f"--times {name_or_path}: no service times of that name ship with mmllm ({known} do). Measure your own on "
+            "the hardware in question: python -m tests.bench.capacity measure --bundle FOLDER --out times.yaml, and "
+            "give --times times.yaml"
+        )
     return load_config(ServiceTimes, _FOLDER / f"times-{name_or_path}.yaml")

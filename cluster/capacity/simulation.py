@@ -7,29 +7,36 @@ Does not know prices.
 """
 
 from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.capacity.decode_lanes import DecodeLanes
 from cluster.capacity.lanes import QueueLanes, Told
+from cluster.capacity.outcome import Outcome, Record
 from cluster.capacity.scaling import Held, Scaler
 from cluster.capacity.service_times import ServiceTimes
-from cluster.capacity.traces import KINDS, Trace
+from cluster.capacity.traces import Trace
 from serve_apps.admission import capacity
 from serve_apps.autoscaling import Targets
+from serve_apps.autoscaling_config import Autoscaling
 from serve_apps.config import DeploymentConfig, ServeConfig
 
 PARTS = ("vision", "audio", "text")
+Way = Literal["apart", "whole", "packed"]
+"""How it is scaled. `apart`: each modality by itself. `whole`: one deployment, whose replicas hold all three models,
+each with what it reserves for itself. `packed`: the same, and a replica's models take turns on what the largest reserves."""
 MOST_TICKS = 40_000
+DRAIN_S = 3_600.0
+"""After a trace, at most, for requests that still wait."""
 TICK_S = 0.05
 WARM_S = 300.0
 _TOLD = 8
 """Requests of each kind that are told in a tick."""
 _INGRESS_USE = 0.7
 """Share of its time that an ingress replica may compute."""
-_SHOWN = 1_000
-"""Moments that an outcome keeps replicas of."""
 
 
 @dataclass(frozen=True)
@@ -45,50 +52,13 @@ class Shape:
     """Of a request with sound."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of it."""
-
-    seconds: float
-    at: NDArray[np.float64]
-    """(n,) seconds of the moments below, evenly spaced; what is kept of each is the mean since the one before."""
-    replicas: dict[str, NDArray[np.float64]]
-    """(n,) by modality, and of the ingress; those that start are paid and counted."""
-    rates: NDArray[np.float64]
-    """(n, 3) requests a second of each kind."""
-    first_s: NDArray[np.float64]
-    """(m,) seconds to the first token of the requests that are told."""
-    told_at: NDArray[np.float64]
-    """(m,) when they came."""
-    kinds: NDArray[np.int64]
-    """(m,) indices into `KINDS`."""
-    weights: NDArray[np.float64]
-    """(m,) requests that each stands for."""
-    arrived: int
-    refused: int
-    """With 429, for too many waited."""
-
-    def ttft(self, share: float, kind: str | None = None) -> float | None:
-        """Seconds within which a share of the requests has its first token; None if there were none."""
-        chosen = slice(None) if kind is None else self.kinds == KINDS.index(kind)
-        return quantile(self.first_s[chosen], self.weights[chosen], share)
-
-
-def quantile(values: NDArray[np.float64], weights: NDArray[np.float64], share: float) -> float | None:
-    """The value that a share of the weight lies at or below."""
-    if not values.size:
-        return None
-    order = np.argsort(values)
-    reached = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(reached, share * reached[-1])])
-
-
 class Simulation:
     """One run.
 
     Args:
-        whole: one deployment that holds all three models and is scaled whole: by what the modality asks for that asks
-            for most, with at least one replica, and at the start of the slowest.
+        way: other than `apart`, replicas follow the modality that asks for most, by the same policy, with the LM's
+            delays and the start of the slowest model; all models begin to load at once, and a request may be seen by
+            another replica than answers it: both are kinder to it than reality.
     """
 
     def __init__(
@@ -98,12 +68,12 @@ class Simulation:
         trace: Trace,
         shape: Shape = Shape(),
         *,
-        whole: bool = False,
+        way: Way = "apart",
         seed: int = 0,
         tick_s: float | None = None,
     ):
         self._config, self._times, self._trace, self._shape = config, times, trace, shape
-        self._whole = whole
+        self._way = way
         self._chance = np.random.default_rng(seed)
         self._tick_s = tick_s or max(TICK_S, trace.seconds / MOST_TICKS)
         vision, audio, text = times.vision, times.audio, times.text
@@ -140,6 +110,13 @@ class Simulation:
         )
         self._scalers = self._make_scalers()
 
+    def alone_s(self) -> NDArray[np.float64]:
+        """(3,) seconds to the first token, by kind, of a request that meets nobody."""
+        perceived = np.array([0.0, self._vision.alone_s, self._audio.alone_s])
+        pieces = np.ceil(self._prompts / self._text.step_positions)
+        read = pieces * float(self._text.step_of(0.0)) + self._prompts * self._text.position_s
+        return self._times.ingress.seconds_per_request + perceived + read
+
     def run(self) -> Outcome:
         """Simulate all of it, after a while in which replicas come to what the beginning needs."""
         tick_s = self._tick_s
@@ -152,12 +129,24 @@ class Simulation:
             self._tick(tick * warm_s, warm_s, self._chance.poisson(calm * warm_s), None)
         for scaler in self._scalers.values():
             scaler.hurry(False)
-        record = _Record(self._trace.seconds, n, tick_s)
+        record = Record(self._trace.seconds, n, tick_s)
         rates = self._trace.rates((np.arange(n) + 0.5) * tick_s)  # (n, 3)
         for tick, came in enumerate(self._chance.poisson(rates * tick_s)):
             self._tick(tick * tick_s, tick_s, came, record)
             record.end(tick, rates[tick], self._counts(rates[tick]))
+        self._drain(n * tick_s, record)
         return record.outcome()
+
+    def _drain(self, now: float, record: Record) -> None:
+        """Let requests that still wait come to a replica; those that do not within `DRAIN_S` are told as waiting."""
+        nobody, tick_s = np.zeros(3, np.int64), self._tick_s
+        end = now + DRAIN_S
+        parts = (self._vision, self._audio, self._text)
+        while now < end and any(lanes.callers.told for lanes in parts):
+            self._tick(now, tick_s, nobody, record)
+            now += tick_s
+        for lanes in parts:
+            record.told += lanes.callers.leave(now)
 
     def _make_scalers(self) -> dict[str, Scaler]:
         rates = self._trace.rates(np.zeros(1))[0]  # (3,)
@@ -168,25 +157,43 @@ class Simulation:
             "text": rates.sum() * self._shape.answer_tokens * float(step) / (self._text.slots / 2),
         }
         starts = {name: getattr(self._times, name).start_seconds for name in PARTS}
-        found = {}
+        together = self._together()
+        found: dict[str, Scaler] = {}
+        first: dict[str, int] = {}
         for name, part in self._parts().items():
-            scaling = part.autoscaling
+            scaling = together or part.autoscaling
             targets = (
-                scaling.targets(part.max_ongoing_requests)  # type: ignore[attr-defined]
-                if scaling
+                part.autoscaling.targets(part.max_ongoing_requests)  # type: ignore[attr-defined]
+                if part.autoscaling
                 else Targets(1.0, 1.0, part.max_ongoing_requests)
             )
-            if self._whole and scaling:
-                scaling = self._config.phi.autoscaling and scaling.model_copy(
-                    update={
-                        "min_replicas": max(1, scaling.min_replicas),
-                        "max_replicas": self._config.phi.autoscaling.max_replicas,
-                    }
-                )
             least, most = (scaling.min_replicas, scaling.max_replicas) if scaling else (part.max_replicas,) * 2
-            first = min(max(int(np.ceil(busy[name] / 0.7)), least), most)
-            found[name] = Scaler(scaling, targets, max(starts.values()) if self._whole else starts[name], first)
+            first[name] = min(max(int(np.ceil(busy[name] / 0.7)), least), most)
+            start_s = starts[name] if self._way == "apart" else max(starts.values())
+            found[name] = Scaler(scaling, targets, start_s, first[name])
+        if self._way != "apart":
+            for scaler in found.values():
+                scaler.wanted = scaler.running = max(first.values())
         return found
+
+    def _together(self) -> Autoscaling | None:
+        """Delays and bounds of a deployment that is scaled whole: the LM's, with as many replicas as any part wants."""
+        scalings = [part.autoscaling for part in self._parts().values() if part.autoscaling]
+        if self._way == "apart" or not self._config.phi.autoscaling:
+            return None
+        least = max(1, *(scaling.min_replicas for scaling in scalings))
+        return self._config.phi.autoscaling.model_copy(update={"min_replicas": least})
+
+    def _speeds(self) -> dict[str, float]:
+        """How fast each model computes beside those that take turns with it: of n that are busy each has an n-th."""
+        if self._way != "packed":
+            return dict.fromkeys(PARTS, 1.0)
+        lanes = {"vision": self._vision, "audio": self._audio, "text": self._text}
+        on_gpu = {name: getattr(self._times, name).hardware.gpus > 0 for name in PARTS}
+        return {
+            name: _share([lanes[other].busy for other in PARTS if other != name and on_gpu[other] == on_gpu[name]])
+            for name in PARTS
+        }
 
     def _parts(self) -> dict[str, DeploymentConfig]:
         return {"vision": self._config.clip, "audio": self._config.whisper, "text": self._config.phi}
@@ -209,22 +216,23 @@ class Simulation:
     def _inside(self) -> float:
         return sum(lanes.requests + lanes.callers.queued for lanes in (self._vision, self._audio, self._text))
 
-    def _tick(self, now: float, tick_s: float, came: NDArray[np.int64], record: "_Record | None") -> None:
+    def _tick(self, now: float, tick_s: float, came: NDArray[np.int64], record: Record | None) -> None:
         """Let requests of each kind come, and time pass."""
         self._scale(now, tick_s)
         n_ingress = self._n_ingress(float(came.sum()) / tick_s)
         room = max(0.0, n_ingress * capacity(self._config) - self._inside)
         let_in = came if came.sum() <= room else self._chance.binomial(came, room / came.sum())
         entered = let_in.copy()
+        speeds = self._speeds()
         told = self._telling(now, 0, int(entered[0])) if record else []
         perceived = int(entered[0])
         for kind, name, lanes in ((1, "vision", self._vision), (2, "audio", self._audio)):
             entered[kind] = self._admitted(int(let_in[kind]), lanes, self._parts()[name], n_ingress)
             some = self._telling(now, kind, int(entered[kind])) if record else []
-            taken, done = lanes.advance(self._chance, now, tick_s, int(entered[kind]), some)
+            taken, done = lanes.advance(self._chance, now, tick_s, int(entered[kind]), some, speeds[name])
             told, perceived = told + taken, perceived + done
         n = self._admitted(perceived, self._text, self._config.phi, n_ingress)
-        first = self._text.advance(self._chance, now, tick_s, n, self._prompt, told)
+        first = self._text.advance(self._chance, now, tick_s, n, self._prompt, told, speeds["text"])
         if record:
             record.arrived += int(came.sum())
             record.refused += int((came - entered).sum()) + perceived - n
@@ -247,7 +255,7 @@ class Simulation:
         return int(min(n, max(0, room)))
 
     def _scale(self, now: float, tick_s: float) -> None:
-        shape, config = self._shape, self._config
+        shape = self._shape
         units = {"vision": float(shape.images), "audio": shape.audio_seconds}
         desired = {}
         for name, lanes in (("vision", self._vision), ("audio", self._audio)):
@@ -259,7 +267,7 @@ class Simulation:
         kv_use = min(1.0, (telling + reading) / running * self._kv_share)
         held = Held(work, lm.requests, lm.callers.queued, kv_use)
         desired["text"] = self._scalers["text"].desired(now, tick_s, held, self._prompt + shape.answer_tokens)
-        if self._whole and config.phi.autoscaling:
+        if self._way != "apart" and self._config.phi.autoscaling:
             desired = dict.fromkeys(desired, max(desired.values()))
         for name, scaler in self._scalers.items():
             scaler.follow(now, desired[name])
@@ -268,66 +276,11 @@ class Simulation:
         self._text.resize(self._scalers["text"].running)
 
 
-class _Record:
-    """What is kept of a run."""
-
-    def __init__(self, seconds: float, n_ticks: int, tick_s: float):
-        self._seconds, self._tick_s = seconds, tick_s
-        self._every = max(1, n_ticks // _SHOWN)
-        self._sums: dict[str, float] = {}
-        self._rates = np.zeros(3)
-        self._n = 0
-        self._kept: list[tuple[float, dict[str, float], NDArray[np.float64]]] = []
-        self.told: list[Told] = []
-        self.arrived = self.refused = 0
-
-    def end(self, tick: int, rates: NDArray[np.float64], counts: dict[str, float]) -> None:
-        """A tick has passed with so many replicas."""
-        for name, count in counts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + count
-        self._rates = self._rates + rates
-        self._n += 1
-        if self._n == self._every:
-            means = {name: total / self._n for name, total in self._sums.items()}
-            self._kept.append(((tick + 1) * self._tick_s, means, self._rates / self._n))
-            self._sums, self._rates, self._n = {}, np.zeros(3), 0
-
-    def outcome(self) -> Outcome:
-        """All of it."""
-        names = self._kept[0][1]
-        told = self.told
-        return Outcome(
-            self._seconds,
-            np.array([at for at, _, _ in self._kept]),
-            {name: np.array([counts[name] for _, counts, _ in self._kept]) for name in names},
-            np.array([rates for _, _, rates in self._kept]),
-            np.array([request.seconds for request in told]),
-            np.array([request.came for request in told]),
-            np.array([request.kind for request in told], np.int64),
-            np.array([request.weight for request in told]),
-            self.arrived,
-            self.refused,
-        )
-
-
-def with_bounds(config: ServeConfig, most: int) -> ServeConfig:
-    """A config in which every deployment that scales may have so many replicas, for to ask how many are needed."""
-    changed = {}
-    for name in ("clip", "whisper", "phi"):
-        part = getattr(config, name)
-        if part.autoscaling:
-            scaling = part.autoscaling.model_copy(update={"max_replicas": max(most, part.autoscaling.min_replicas)})
-            changed[name] = part.model_copy(update={"autoscaling": scaling})
-    return config.model_copy(update=changed)
-
-
-def with_targets(config: ServeConfig, share: float) -> ServeConfig:
-    """A config whose replicas hold so much of their targets: more replicas, shorter queues."""
-    changed = {}
-    for name in ("clip", "whisper", "phi"):
-        part = getattr(config, name)
-        if part.autoscaling:
-            field = f"target_{part.autoscaling.unit}"
-            scaling = part.autoscaling.model_copy(update={field: part.autoscaling.target * share})
-            changed[name] = part.model_copy(update={"autoscaling": scaling})
-    return config.model_copy(update=changed)
+def _share(others: list[float]) -> float:
+    """Mean share of what is taken in turns, for one beside others that are busy so much of the time, each by chance."""
+    share = 0.0
+    for n in range(len(others) + 1):
+        for some in combinations(range(len(others)), n):
+            chances = (busy if i in some else 1 - busy for i, busy in enumerate(others))
+            share += float(np.prod(list(chances))) / (n + 1)
+    return share

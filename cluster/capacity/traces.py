@@ -17,6 +17,7 @@ TraceName = Literal["steady", "daily", "burst", "shift"]
 SECONDS: dict[str, float] = {"steady": 1800.0, "daily": 86_400.0, "burst": 3600.0, "shift": 7200.0}
 _NIGHT = 0.15
 """Share of the peak rate that is left in the quietest hour of `daily`."""
+_ROUNDING = 0.005  # thirds may be written as 0.33
 _CALM = 0.25
 """Share of the peak rate outside the burst."""
 
@@ -86,23 +87,29 @@ def trace_of(name: str, peak_rps: float, mix: Mix, seconds: float | None = None)
 
 
 def parse_mix(said: str) -> Mix:
-    """`text=0.6,image=0.3,audio=0.1`, or numbers that are in that proportion; what is not named is 0.
+    """`text=0.6,image=0.3,audio=0.1`; what is not named is 0.
 
     Raises:
-        ConfigError: a name or number that cannot be, or nothing that is above 0.
+        ConfigError: a name or number that cannot be, a name twice, or shares that do not add up to 1.
     """
-    shares = dict.fromkeys(KINDS, 0.0)
+    named: dict[str, float] = {}
     for part in said.split(","):
         kind, given, value = part.strip().partition("=")
         try:
-            if kind not in shares or not given or not 0 <= (share := float(value)) < float("inf"):
+            if kind in named or kind not in KINDS or not given or not 0 <= (share := float(value)) <= 1:
                 raise ValueError
         except ValueError:
             raise ConfigError(
-                f"--mix {said}: write text=0.6,image=0.3,audio=0.1 ('{part}' is not one of these)"
+                f"--mix {said}: '{part}' is not a share of requests; write text=0.6,image=0.3,audio=0.1, each name "
+                "once and each share from 0 to 1"
             ) from None
-        shares[kind] = share
-    total = sum(shares.values())
-    if total <= 0:
-        raise ConfigError(f"--mix {said}: something must be above 0")
-    return Mix(*(share / total for share in shares.values()))
+        named[kind] = share
+    total = sum(named.values())
+    if abs(total - 1) > _ROUNDING:
+        least = f", and {rest[0]}={1 - total:.4g} would be missing" if (rest := _unnamed(named)) and total < 1 else ""
+        raise ConfigError(f"--mix {said}: shares add up to {total:.4g}{least}; make it 1")
+    return Mix(*(named.get(kind, 0.0) / total for kind in KINDS))
+
+
+def _unnamed(named: dict[str, float]) -> list[str]:
+    return [kind for kind in KINDS if kind not in named]

@@ -6,9 +6,9 @@
 
 `measure` asks a service that does nothing else, one part after the other, and writes service times. `compare` sends an
 open loop of requests, text, images and speech at random times, to a service of one replica each, and prints seconds to
-the first token as measured and as simulated, with their ratio, as JSON, a line a load; exit code 1 if a p95 is more than
-25% off. `speed` simulates every trace at 10,000 requests/s on about a thousand replicas of the LM, which it assumes to
-be fast, and prints the CPU seconds that this takes.
+the first token as measured and as simulated, with their ratio, as JSON, a line a load; exit code 1 if a p95 is more
+than 25% off. `speed` simulates every trace at 10,000 requests/s on a thousand replicas of an LM that is assumed to be
+fast, and prints the CPU seconds that this takes.
 """
 
 import argparse
