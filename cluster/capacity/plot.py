@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cluster.capacity.answer import Answer, saving
 from cluster.capacity.prices import CPU
 from cluster.capacity.simulation import PARTS
@@ -25,33 +28,29 @@ def plot(parts: Answer, whole: Answer, packed: Answer, file: Path) -> None:
     load.set_title("Load", loc="left", fontsize=10)
     for name in reversed(PARTS):
         replicas.plot(hours, outcome.replicas[name], color=_COLOURS[name], label=name)
-    for one, line, label in ((whole, "-", "scaled whole"), (packed, ":", "scaled whole, models in turns")):
-        replicas.plot(hours, one.outcome.replicas["text"], line, color="black", label=label)
+    replicas.plot(hours, whole.outcome.replicas["text"], color="black", label="whole")
+    replicas.plot(hours, packed.outcome.replicas["text"], ":", color="black", label="whole, models in turns")
     replicas.set_ylabel("replicas")
-    replicas.set_title(
-        "Replicas of each modality by itself, and of one deployment scaled whole", loc="left", fontsize=10
-    )
+    replicas.set_title("Replicas", loc="left", fontsize=10)
     priced = all(one.dollars_per_hour is not None for one in (parts, whole, packed))
-    for one, line, label in (
-        (whole, "-", "scaled whole, each model with its own share"),
-        (packed, ":", "scaled whole, models in turns"),
-        (parts, "-", "each modality by itself"),
-    ):
-        amounts = {
-            name: taken for name, taken in one.taken.items() if priced or (name == CPU) == (set(one.taken) == {CPU})
-        }
-        spent = sum(taken * (one.question.prices.of(name) or 0.0 if priced else 1.0) for name, taken in amounts.items())
-        cost.plot(hours, spent, line, color="#2a78d6" if one is parts else "black", label=label)
+    cost.plot(hours, _spent(parts, priced), color=_COLOURS["text"], label="each modality by itself")
+    cost.plot(hours, _spent(whole, priced), color="black", label="whole")
+    cost.plot(hours, _spent(packed, priced), ":", color="black", label="whole, models in turns")
     cost.set_ylabel("dollars an hour" if priced else "GPUs" if set(parts.taken) != {CPU} else "CPUs")
-    said = [saving(parts, one) for one in (whole, packed)]
-    cost.set_title(
-        f"Saved: {said[0][0]:.0%} of {said[0][1]}; against models in turns {said[1][0]:.0%}", loc="left", fontsize=10
-    )
+    (share, unit), (in_turns, _) = saving(parts, whole), saving(parts, packed)
+    cost.set_title(f"Saved: {share:.0%} of {unit} (models in turns: {in_turns:.0%})", loc="left", fontsize=10)
     cost.set_xlabel("hours")
     for row in (load, replicas, cost):
         row.set_ylim(bottom=0)
         row.set_xlim(0, outcome.seconds / 3600)
         row.spines[["top", "right"]].set_visible(False)
-        row.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+        row.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=5, frameon=False, fontsize=9, borderaxespad=0.1)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
+
+
+def _spent(one: Answer, priced: bool) -> NDArray[np.float64]:
+    """(n,) dollars an hour; where a price is missing GPUs, or CPUs if there are none."""
+    prices = {name: one.question.prices.of(name) or 0.0 for name in one.taken}
+    counted = prices if priced else dict.fromkeys(set(one.taken) - {CPU} or {CPU}, 1.0)
+    return sum((one.taken[name] * price for name, price in counted.items()), np.zeros(len(one.outcome.at)))

@@ -27,7 +27,8 @@ from serve_apps.config import DeploymentConfig, ServeConfig
 PARTS = ("vision", "audio", "text")
 Way = Literal["apart", "whole", "packed"]
 """How it is scaled. `apart`: each modality by itself. `whole`: one deployment, whose replicas hold all three models,
-each with what it reserves for itself. `packed`: the same, and a replica's models take turns on what the largest reserves."""
+each with what it reserves for itself. `packed`: the same, and a replica's models take turns on what the
+largest reserves."""
 MOST_TICKS = 40_000
 DRAIN_S = 3_600.0
 """After a trace, at most, for requests that still wait."""
