@@ -23,8 +23,10 @@ from typing import Any, get_args
 import httpx
 import numpy as np
 
+from cluster.capacity.changed_config import with_bounds
+from cluster.capacity.outcome import Outcome
 from cluster.capacity.service_times import ServiceTimes, load_service_times
-from cluster.capacity.simulation import Outcome, Shape, Simulation, with_bounds
+from cluster.capacity.simulation import Shape, Simulation
 from cluster.capacity.traces import KINDS, Mix, Trace, TraceName, trace_of
 from mmllm_core.audio import SAMPLE_RATE
 from serve_apps.builder import load_serve_config

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.capacity.changed_config import with_bounds
+from cluster.capacity.outcome import Outcome, quantile
 from cluster.capacity.service_times import ServiceTimes, load_service_times
-from cluster.capacity.simulation import Outcome, Shape, Simulation, quantile, with_bounds
+from cluster.capacity.simulation import Shape, Simulation
 from cluster.capacity.traces import KINDS, Mix, Trace
 from serve_apps.builder import load_serve_config
 from serve_apps.config import ServeConfig
@@ -99,7 +101,7 @@ def test_a_request_that_comes_to_no_replica_waits_for_a_start(times: ServiceTime
 
 def test_scaled_whole_every_modality_has_as_many_replicas(times: ServiceTimes) -> None:
     trace = Trace("steady", 6.0, MIX, 200.0)
-    whole = Simulation(scaled(), times, trace, SHAPE, whole=True, tick_s=0.2).run()
+    whole = Simulation(scaled(), times, trace, SHAPE, way="whole", tick_s=0.2).run()
     alone = Simulation(scaled(), times, trace, SHAPE, tick_s=0.2).run()
     assert np.array_equal(whole.replicas["vision"], whole.replicas["text"])
     assert whole.replicas["vision"].mean() > alone.replicas["vision"].mean()
