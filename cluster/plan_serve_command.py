@@ -20,7 +20,7 @@ def plan_serve(
     ] = "text=0.6,image=0.3,audio=0.1",
     slo: Annotated[str | None, typer.Option(help="Promise to keep for 95% of requests, such as ttft=2 (s).")] = None,
     trace: Annotated[str, typer.Option(help="steady, daily, burst or shift (images and sound swap shares).")] = "daily",
-    hours: Annotated[float | None, typer.Option(help="How long the trace is.", min=0.01, max=24 * 31)] = None,
+    hours: Annotated[float | None, typer.Option(help="How long the trace is.", min=0.01, max=72)] = None,
     profile: Annotated[str, typer.Option(help="embedded, phi, or a serve config's YAML file.")] = "embedded",
     times: Annotated[
         str, typer.Option(help="Service times: embedded-cpu, or a YAML file of your own hardware.")

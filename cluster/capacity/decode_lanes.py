@@ -20,6 +20,7 @@ class DecodeLanes:
         step_s, answer_s, position_s: seconds of a step, and more for each answer and position in it.
         step_positions: that a step has room for.
         slots: requests of a replica.
+        prompt: positions of a prompt on average.
         answer: tokens of an answer on average; lengths are exponential, which changes how many are held little, for
             lanes share their time (a processor-sharing queue's mean does not depend on more than the mean).
     """
@@ -30,6 +31,7 @@ class DecodeLanes:
     step_positions: int
     slots: int
     answer: float
+    prompt: float
     decoding: Lanes = field(default_factory=lambda: np.zeros(0, np.int64))
     """(n_lanes,) answers that are told."""
     reading: Lanes = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -67,11 +69,10 @@ class DecodeLanes:
         now: float,
         tick_s: float,
         n: int,
-        prompt: float,
         told: list[Told],
         speed: float = 1.0,
     ) -> list[Told]:
-        """Take `n` requests of `prompt` positions each on average and let a tick pass.
+        """Take `n` requests and let a tick pass.
 
         Args:
             speed: as `QueueLanes.advance`.
@@ -81,16 +82,17 @@ class DecodeLanes:
         """
         tick_s = tick_s * speed
         load = (self.decoding + self.reading).astype(float)
-        free = np.maximum(0, self.slots - load)
+        # What ends within a tick makes room within it.
+        free = np.maximum(0, self.slots - load) + self.turnover(tick_s) / max(1, self.n_lanes)
         sent, going = self.callers.pass_on(chance, now, n, int(free.sum()), told)
         lanes = route(chance, np.where(free > 0, load, 1e9), sent)
         took = np.bincount(lanes, minlength=len(load))
         if going:
-            waits = self._waits(chance, load, lanes, took, prompt, tick_s, len(going))
+            waits = self._waits(chance, load, lanes, took, tick_s, len(going))
             for request, seconds in zip(going, waits.tolist(), strict=True):
                 request.seconds += seconds / speed
         self.reading = self.reading + took
-        self.unread = self.unread + took * prompt
+        self.unread = self.unread + took * self.prompt
         began = self.decoding + self.reading > 0
         self._step(chance, tick_s)
         self.busy = float((began.mean() + (self.decoding + self.reading > 0).mean()) / 2) if len(load) else 0.0
@@ -100,19 +102,32 @@ class DecodeLanes:
         """Seconds of a step in which so many answers are told."""
         return self.step_s + self.answer_s * np.asarray(decoding, float)
 
+    def turnover(self, tick_s: float) -> float:
+        """Requests that replicas which are all full end within a tick."""
+        each_s = self.answer * float(self.step_of(self.slots)) / self.slots + self.prompt * self.position_s
+        return self.n_lanes * tick_s / each_s
+
+    def _steps(self, tick_s: float, read: float | Floats) -> Floats:
+        """(n_lanes,) steps of a tick in which so many positions are read."""
+        return np.maximum(0, tick_s - self.position_s * np.asarray(read)) / self.step_of(self.decoding)
+
+    def _ended(self, steps: Floats) -> Floats:
+        """Chance that an answer which is told ends within so many steps."""
+        return -np.expm1(-steps / max(1.0, self.answer - 1))
+
     def _waits(
         self,
         chance: np.random.Generator,
         load: Floats,
         lanes: Lanes,
         took: Lanes,
-        prompt: float,
         tick_s: float,
         n: int,
     ) -> Floats:
         # As those that were taken in this tick.
         lane = lanes[chance.integers(0, lanes.size, n)] if lanes.size else route(chance, load, n)
         step = self.step_of(self.decoding[lane])
+        prompt = self.prompt
         alone_s = self.position_s * prompt + self.step_s
         # Of a tick that is longer than a prompt takes, little of what came before is still ahead.
         before = chance.random(n) * np.maximum(0, took[lane] - 1) * prompt * min(1.0, alone_s / tick_s)
@@ -128,13 +143,14 @@ class DecodeLanes:
         room = np.maximum(1, self.step_positions - self.decoding)
         most = room * tick_s / (step + self.position_s * room)
         read = np.minimum(self.unread, most)  # positions
-        steps = np.maximum(0, tick_s - self.position_s * read) / step
+        steps = self._steps(tick_s, read)
         left = self.unread - read
         still = np.ceil(self.reading * left / np.maximum(self.unread, 1e-9) - 1e-9).astype(np.int64)
         begun = self.reading - still
-        over = chance.binomial(self.decoding, -np.expm1(-steps / max(1.0, self.answer - 1)))
+        over = chance.binomial(self.decoding, self._ended(steps))
         over_now = np.zeros_like(begun)
         if steps.size and steps.max() > 1:  # a tick of several steps: what began within it may end within it
-            over_now = chance.binomial(begun, -np.expm1(-steps / 2 / max(1.0, self.answer - 1)))
+            share = np.maximum(steps, 1e-9) / max(1.0, self.answer - 1)  # of an answer; they begin at any moment
+            over_now = chance.binomial(begun, np.clip(1 + np.expm1(-share) / share, 0, 1))
         self.decoding = self.decoding + begun - over - over_now
         self.reading, self.unread = still, left

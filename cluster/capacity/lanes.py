@@ -168,6 +168,11 @@ class QueueLanes:
         elif n > len(self.backlog):
             self.backlog = np.concatenate([self.backlog, np.zeros(n - len(self.backlog))])
 
+    def turnover(self, tick_s: float) -> float:
+        """Requests that replicas which are all full end within a tick."""
+        full = np.full(self.n_lanes, self.slots * self.alone_s)
+        return float(self._speed(full).sum()) * tick_s / self.alone_s
+
     def advance(
         self, chance: np.random.Generator, now: float, tick_s: float, n: int, told: list[Told], speed: float = 1.0
     ) -> tuple[list[Told], int]:

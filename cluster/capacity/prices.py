@@ -48,7 +48,9 @@ class Prices:
     def of(self, name: str) -> float | None:
         """Dollars an hour of a CPU core (`CPU`) or of a GPU by name; None if they are not known."""
         given, listed = (self.cpu, self.table.cpu) if name == CPU else (self.gpu, self.table.gpus.get(name))
-        return given if given is not None else listed and listed.dollars_per_hour
+        if given is not None or listed is None:
+            return given
+        return listed.dollars_per_hour
 
     def dollars(self, hours: Mapping[str, float]) -> float | None:
         """Dollars of hours of hardware by name; None if a price is not known."""

@@ -29,7 +29,9 @@ Way = Literal["apart", "whole", "packed"]
 """How it is scaled. `apart`: each modality by itself. `whole`: one deployment, whose replicas hold all three models,
 each with what it reserves for itself. `packed`: the same, and a replica's models take turns on what the
 largest reserves."""
-MOST_TICKS = 40_000
+FINE_TICKS = 12_000
+"""Of a trace, as long as none is longer than `LONGEST_TICK_S`, of which more would change results by some percent."""
+LONGEST_TICK_S = 2.0
 DRAIN_S = 3_600.0
 """After a trace, at most, for requests that still wait."""
 TICK_S = 0.05
@@ -76,7 +78,7 @@ class Simulation:
         self._config, self._times, self._trace, self._shape = config, times, trace, shape
         self._way = way
         self._chance = np.random.default_rng(seed)
-        self._tick_s = tick_s or max(TICK_S, trace.seconds / MOST_TICKS)
+        self._tick_s = tick_s or max(TICK_S, min(trace.seconds / FINE_TICKS, LONGEST_TICK_S))
         vision, audio, text = times.vision, times.audio, times.text
         self._vision = QueueLanes(
             vision.seconds_per_batch + vision.seconds_per_image * shape.images,
@@ -108,6 +110,7 @@ class Simulation:
             config.phi.step_tokens,
             max(1, min(config.phi.max_ongoing_requests, int(1 / self._kv_share))),
             float(shape.answer_tokens),
+            self._prompt,
         )
         self._scalers = self._make_scalers()
 
@@ -189,10 +192,10 @@ class Simulation:
         """How fast each model computes beside those that take turns with it: of n that are busy each has an n-th."""
         if self._way != "packed":
             return dict.fromkeys(PARTS, 1.0)
-        lanes = {"vision": self._vision, "audio": self._audio, "text": self._text}
+        busy = {"vision": self._vision.busy, "audio": self._audio.busy, "text": self._text.busy}
         on_gpu = {name: getattr(self._times, name).hardware.gpus > 0 for name in PARTS}
         return {
-            name: _share([lanes[other].busy for other in PARTS if other != name and on_gpu[other] == on_gpu[name]])
+            name: _share([busy[other] for other in PARTS if other != name and on_gpu[other] == on_gpu[name]])
             for name in PARTS
         }
 
@@ -221,19 +224,19 @@ class Simulation:
         """Let requests of each kind come, and time pass."""
         self._scale(now, tick_s)
         n_ingress = self._n_ingress(float(came.sum()) / tick_s)
-        room = max(0.0, n_ingress * capacity(self._config) - self._inside)
+        room = max(0.0, n_ingress * capacity(self._config) - self._inside) + self._text.turnover(tick_s)
         let_in = came if came.sum() <= room else self._chance.binomial(came, room / came.sum())
         entered = let_in.copy()
         speeds = self._speeds()
         told = self._telling(now, 0, int(entered[0])) if record else []
         perceived = int(entered[0])
         for kind, name, lanes in ((1, "vision", self._vision), (2, "audio", self._audio)):
-            entered[kind] = self._admitted(int(let_in[kind]), lanes, self._parts()[name], n_ingress)
+            entered[kind] = self._admitted(int(let_in[kind]), lanes, self._parts()[name], n_ingress, tick_s)
             some = self._telling(now, kind, int(entered[kind])) if record else []
             taken, done = lanes.advance(self._chance, now, tick_s, int(entered[kind]), some, speeds[name])
             told, perceived = told + taken, perceived + done
-        n = self._admitted(perceived, self._text, self._config.phi, n_ingress)
-        first = self._text.advance(self._chance, now, tick_s, n, self._prompt, told, speeds["text"])
+        n = self._admitted(perceived, self._text, self._config.phi, n_ingress, tick_s)
+        first = self._text.advance(self._chance, now, tick_s, n, told, speeds["text"])
         if record:
             record.arrived += int(came.sum())
             record.refused += int((came - entered).sum()) + perceived - n
@@ -247,12 +250,14 @@ class Simulation:
         return [Told(now, kind, n / some, seconds) for _ in range(some)]
 
     @staticmethod
-    def _admitted(n: int, lanes: QueueLanes | DecodeLanes, part: DeploymentConfig, n_ingress: float) -> int:
+    def _admitted(
+        n: int, lanes: QueueLanes | DecodeLanes, part: DeploymentConfig, n_ingress: float, tick_s: float
+    ) -> int:
         """How many of `n` are not refused: every ingress replica lets so many wait."""
         if part.max_queued_requests < 0:
             return n
         free = lanes.n_lanes * part.max_ongoing_requests - lanes.requests
-        room = max(0.0, free) + part.max_queued_requests * n_ingress - lanes.callers.queued
+        room = max(0.0, free) + lanes.turnover(tick_s) + part.max_queued_requests * n_ingress - lanes.callers.queued
         return int(min(n, max(0, room)))
 
     def _scale(self, now: float, tick_s: float) -> None:

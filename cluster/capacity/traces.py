@@ -17,7 +17,7 @@ TraceName = Literal["steady", "daily", "burst", "shift"]
 SECONDS: dict[str, float] = {"steady": 1800.0, "daily": 86_400.0, "burst": 3600.0, "shift": 7200.0}
 _NIGHT = 0.15
 """Share of the peak rate that is left in the quietest hour of `daily`."""
-_ROUNDING = 0.005  # thirds may be written as 0.33
+_ROUNDING = 0.0101  # thirds may be written as 0.33
 _CALM = 0.25
 """Share of the peak rate outside the burst."""
 

@@ -105,6 +105,7 @@ def run_speed() -> int:
         took[name] = {
             "cpu_seconds": time.process_time() - began,
             "requests": found.arrived,
+            "mean_replicas": {part: float(counts.mean()) for part, counts in found.replicas.items()},
             "peak_replicas": {part: float(counts.max()) for part, counts in found.replicas.items()},
         }
         print(name, json.dumps(rounded(took[name])), flush=True)

@@ -42,6 +42,8 @@ class EventByEvent:
 
     Args:
         scalers: by modality, as `Simulation` makes them; with `scaling` None so many replicas run for ever.
+        turns: the models of the n-th replica of each part take turns: what begins while others compute takes as many
+            times as long.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class EventByEvent:
         shape: Shape,
         scalers: dict[str, Scaler],
         seed: int,
+        turns: bool = False,
     ):
+        self.turns = turns
         self.config, self.times, self.trace, self.shape, self.scalers = config, times, trace, shape, scalers
         self.chance = np.random.default_rng(seed)
         self.events: list[tuple[float, int, Callable[[], None]]] = []
@@ -140,6 +144,13 @@ class EventByEvent:
         seconds = t.seconds_per_clip + t.seconds_per_second * self.shape.audio_seconds
         self.spend("audio", replica, [replica.waiting.popleft()], seconds)
 
+    def slowed(self, name: str, replica: Replica) -> int:
+        """How many models compute at a replica, the one that begins included."""
+        if not self.turns:
+            return 1
+        at = self.replicas[name].index(replica)
+        return 1 + sum(part != name and replicas[at].busy for part, replicas in self.replicas.items())
+
     def spend(self, name: str, replica: Replica, taken: list[Request], seconds: float) -> None:
         replica.busy = True
 
@@ -149,7 +160,7 @@ class EventByEvent:
                 self.send("text", request)
             self.work(name, replica)
 
-        self.at(self.now + seconds, ended)
+        self.at(self.now + seconds * self.slowed(name, replica), ended)
 
     def leave(self, name: str, replica: Replica, request: Request) -> None:
         replica.held.remove(request)
@@ -185,7 +196,7 @@ class EventByEvent:
                     self.leave("text", replica, request)
             self.step(replica)
 
-        self.at(self.now + seconds, ended)
+        self.at(self.now + seconds * self.slowed("text", replica), ended)
 
     def _scale(self, every: float = 0.1) -> None:
         units = {"vision": float(self.shape.images), "audio": self.shape.audio_seconds}

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cluster.capacity.changed_config import with_bounds
+from cluster.capacity.changed_config import with_bounds, with_targets
 from cluster.capacity.outcome import Outcome, quantile
 from cluster.capacity.service_times import ServiceTimes, load_service_times
-from cluster.capacity.simulation import Shape, Simulation
+from cluster.capacity.simulation import PARTS, Shape, Simulation, Way
 from cluster.capacity.traces import KINDS, Mix, Trace
 from serve_apps.builder import load_serve_config
 from serve_apps.config import ServeConfig
@@ -40,9 +40,12 @@ def scaled(**more: Any) -> ServeConfig:
     return with_bounds(load_serve_config("embedded", changes | more), 50)
 
 
-def both(config: ServeConfig, times: ServiceTimes, trace: Trace, tick_s: float | None = None) -> tuple[Outcome, Any]:
-    simulation = Simulation(config, times, trace, SHAPE, tick_s=tick_s)
-    exact = EventByEvent(config, times, trace, SHAPE, copy.deepcopy(simulation._scalers), seed=1)
+def both(
+    config: ServeConfig, times: ServiceTimes, trace: Trace, tick_s: float, way: Way = "apart", seed: int = 1
+) -> tuple[Outcome, Any]:
+    simulation = Simulation(config, times, trace, SHAPE, tick_s=tick_s, way=way, seed=seed)
+    scalers = copy.deepcopy(simulation._scalers)
+    exact = EventByEvent(config, times, trace, SHAPE, scalers, seed=seed, turns=way == "packed")
     exact.run()
     return simulation.run(), exact
 
@@ -68,12 +71,25 @@ def test_a_steady_load_is_told_as_event_by_event(
 
 
 def test_a_burst_brings_the_replicas_that_it_brings_event_by_event(times: ServiceTimes) -> None:
-    found, exact = both(scaled(), times, Trace("burst", 8.0, MIX, 900.0), tick_s=0.1)
-    for name in ("vision", "audio", "text"):
-        mean = float(np.mean(exact.counts[name]))
-        assert float(found.replicas[name].mean()) == pytest.approx(mean, rel=0.15, abs=0.3)
-    assert found.ttft(0.5) == pytest.approx(told(exact, 0.5), rel=0.2)
-    assert found.ttft(0.95) == pytest.approx(told(exact, 0.95), rel=0.3)
+    config = with_targets(scaled(), dict.fromkeys(PARTS, 0.5))
+    trace = Trace("burst", 8.0, MIX, 900.0)
+    pairs = [both(config, times, trace, tick_s=0.25, seed=seed) for seed in range(3)]
+    for name in PARTS:
+        mean = np.mean([np.mean(exact.counts[name]) for _, exact in pairs])
+        assert np.mean([found.replicas[name].mean() for found, _ in pairs]) == pytest.approx(mean, rel=0.15, abs=0.3)
+    for share, rel in ((0.5, 0.2), (0.95, 0.35)):
+        predicted = np.mean([found.ttft(share) for found, _ in pairs])
+        assert predicted == pytest.approx(np.mean([told(exact, share) for _, exact in pairs]), rel=rel)
+
+
+def test_models_that_take_turns_are_told_as_event_by_event(times: ServiceTimes) -> None:
+    trace = Trace("steady", 1.2, MIX, 1500.0)
+    config = fixed(clip=2, whisper=2, phi=2)
+    found, exact = both(config, times, trace, tick_s=0.1, way="packed")
+    alone = Simulation(config, times, trace, SHAPE, tick_s=0.1).run()
+    for share in (0.5, 0.95):
+        assert found.ttft(share) == pytest.approx(told(exact, share), rel=0.15)
+    assert (alone.ttft(0.95) or 0) < 0.75 * told(exact, 0.95)
 
 
 def test_ticks_much_longer_than_a_request_tell_the_same(times: ServiceTimes) -> None:
@@ -87,6 +103,26 @@ def test_ticks_much_longer_than_a_request_tell_the_same(times: ServiceTimes) -> 
 def test_more_than_can_be_answered_is_refused(times: ServiceTimes) -> None:
     found = Simulation(fixed(clip=1, whisper=1, phi=1), times, Trace("steady", 20.0, MIX, 120.0), SHAPE).run()
     assert 0.5 < found.refused / found.arrived < 1
+
+
+def test_those_who_still_wait_when_a_trace_ends_are_told_with_all_that_they_waited(times: ServiceTimes) -> None:
+    config = load_serve_config(
+        "embedded", {"phi.autoscaling": None, "phi.max_queued_requests": -1, "ingress.max_ongoing_requests": 10_000}
+    )
+    found = Simulation(config, times, Trace("steady", 4.0, Mix(1.0, 0.0, 0.0), 120.0), SHAPE, tick_s=0.1).run()
+    assert found.refused == 0
+    assert found.weights.sum() == pytest.approx(found.arrived)
+    assert (found.ttft(0.95) or 0) > 120
+
+
+def test_long_ticks_refuse_nobody_whom_short_ones_take(times: ServiceTimes) -> None:
+    quick = times.text.model_copy(update={"seconds_per_step": 0.01, "seconds_per_answer": 0.0002})
+    fast = times.model_copy(update={"text": quick})
+    trace = Trace("steady", 60.0, Mix(1.0, 0.0, 0.0), 400.0)
+    config = fixed(clip=1, whisper=1, phi=6)
+    fine, coarse = (Simulation(config, fast, trace, SHAPE, tick_s=tick_s).run() for tick_s in (0.1, 2.0))
+    assert fine.refused == coarse.refused == 0
+    assert coarse.ttft(0.95) == pytest.approx(fine.ttft(0.95), rel=0.25)
 
 
 def test_a_request_that_comes_to_no_replica_waits_for_a_start(times: ServiceTimes) -> None:

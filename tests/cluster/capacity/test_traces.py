@@ -29,11 +29,15 @@ def test_a_shift_swaps_images_and_sound_and_leaves_text() -> None:
     assert rates[1] == pytest.approx([50, 20, 30])
 
 
-def test_a_mix_is_in_proportion() -> None:
-    assert parse_mix("text=3, image=1") == Mix(0.75, 0.25, 0.0)
+def test_a_mix_leaves_out_what_does_not_come() -> None:
+    assert parse_mix("text=0.75, image=0.25") == Mix(0.75, 0.25, 0.0)
+    assert parse_mix("text=0.33,image=0.33,audio=0.33") == Mix(1 / 3, 1 / 3, 1 / 3)  # meant so
 
 
-@pytest.mark.parametrize("said", ["", "text", "text=x", "video=1", "text=-1", "text=0", "text=nan", "text=inf"])
+@pytest.mark.parametrize(
+    "said",
+    ["", "text", "text=x", "video=1", "text=-1", "text=0", "text=nan", "text=inf", "text=3,image=1", "text=1,text=0"],
+)
 def test_a_mix_that_cannot_be_is_named(said: str) -> None:
     with pytest.raises(ConfigError, match="--mix"):
         parse_mix(said)
