@@ -28,9 +28,8 @@ from cluster.capacity.outcome import Outcome
 from cluster.capacity.service_times import ServiceTimes, load_service_times
 from cluster.capacity.simulation import Shape, Simulation
 from cluster.capacity.traces import KINDS, Mix, Trace, TraceName, trace_of
-from mmllm_core.audio import SAMPLE_RATE
 from serve_apps.builder import load_serve_config
-from tests.bench.service_times import QUIET, TOKENS, Asked, Caller, rounded, run_measure, serving, spoken
+from tests.bench.service_times import QUIET, TOKENS, Asked, Caller, rounded, run_measure, serving, spoken_seconds
 from tests.serve_apps.conftest import Service
 
 ALLOWED = 0.25
@@ -55,7 +54,7 @@ async def load(service: Service, rps: float, mix: Mix, seconds: float) -> list[A
 
 def predicted(times: ServiceTimes, rps: float, mix: Mix, prompt_tokens: int) -> Outcome:
     """The same load on the same service, simulated for an hour."""
-    shape = Shape(prompt_tokens, TOKENS, images=1, audio_seconds=len(spoken(1)) / SAMPLE_RATE)
+    shape = Shape(prompt_tokens, TOKENS, images=1, audio_seconds=spoken_seconds(1))
     config = load_serve_config("embedded", QUIET | FIXED)
     return Simulation(config, times, Trace("steady", rps, mix, 3600.0), shape).run()
 
@@ -95,13 +94,13 @@ def side_by_side(asked: list[Asked], times: ServiceTimes, rps: float, mix: Mix) 
 def run_speed() -> int:
     """Print CPU seconds of each trace; 1 if one takes a minute."""
     times = load_service_times("embedded-cpu")
-    fast = {"seconds_per_step": 0.012, "seconds_per_answer": 0.0005, "seconds_per_position": 0.00002}
+    fast = {"seconds_per_step": 0.004, "seconds_per_answer": 0.0002, "seconds_per_position": 0.00002}
     times = times.model_copy(update={"text": times.text.model_copy(update=fast)})
     config = with_bounds(load_serve_config("embedded"), 2_000)
     took = {}
     for name in get_args(TraceName):
         began = time.process_time()
-        found = Simulation(config, times, trace_of(name, 10_000.0, Mix(0.6, 0.3, 0.1)), Shape(120, 60)).run()
+        found = Simulation(config, times, trace_of(name, 10_000.0, Mix(0.6, 0.3, 0.1)), Shape()).run()
         took[name] = {
             "cpu_seconds": time.process_time() - began,
             "requests": found.arrived,

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.capacity.service_times import ServiceTimes
-from mmllm_core.audio import SAMPLE_RATE, decode_audio
+from mmllm_core.audio import SAMPLE_RATE
 from mmllm_core.bundle import Bundle
-from tests.serve_apps.conftest import Service, audio_part, data_uri, deploy, image_part, own_serve, recorded_speech, wav
+from tests.serve_apps.conftest import Service, audio_part, data_uri, deploy, image_part, own_serve, wav
+from tests.spoken_sentences import recordings
 
 REPEATS = 7
 PACKAGES = ("ray", "torch", "transformers", "ctranslate2", "faster-whisper", "open-clip-torch", "numpy")
@@ -112,8 +113,9 @@ class Caller:
         return [*parts, {"type": "text", "text": self.text()}]
 
     def sound(self, sentences: int = 1) -> list[Any]:
-        """A sentence, or as many with a pause between them."""
-        return [audio_part(wav(spoken(sentences))), {"type": "text", "text": self.text()}]
+        """A sentence, or several that differ, with a pause between them: what is repeated is heard twice over."""
+        self._number += 1
+        return [audio_part(wav(spoken(self._number, sentences))), {"type": "text", "text": self.text()}]
 
     def content(self, kind: str) -> Any:
         """A request of a kind, as `compare` sends it."""
@@ -173,7 +175,7 @@ async def measure(service: Service, start_s: float, kv_bytes: int) -> dict[str, 
         told("images", [per_batch, per_image, positions])
 
         sounds = {n: await several(lambda n=n: caller.sound(n)) for n in (1, 2, 3, 4)}
-        lengths = {n: len(spoken(n)) / SAMPLE_RATE for n in sounds}
+        lengths = {n: spoken_seconds(n) for n in sounds}
         told("heard", {lengths[n]: [round(perceived(a), 3) for a in found] for n, found in sounds.items()})
         per_clip, per_second = _line([(lengths[n], perceived(asked)) for n, found in sounds.items() for asked in found])
         heard = (median(a.prompt_tokens for a in sounds[4]) - plain) / lengths[4]
@@ -231,12 +233,18 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(offset), float(slope)
 
 
-@cache
-def spoken(sentences: int) -> NDArray[np.float32]:
-    """Samples (n,) of a sentence, said so often."""
-    one = decode_audio(recorded_speech(), 60)
+def spoken(number: int, sentences: int) -> NDArray[np.float32]:
+    """Samples (n,) of so many sentences that follow each other, from the `number`-th on."""
+    chosen = [recordings()[(number + i) % len(recordings())] for i in range(sentences)]
     pause = np.zeros(int(PAUSE_S * SAMPLE_RATE), np.float32)
-    return np.concatenate([one, *[pause, one] * (sentences - 1)])
+    return np.concatenate([part for one in chosen for part in (one, pause)][:-1])
+
+
+@cache
+def spoken_seconds(sentences: int) -> float:
+    """Of so many sentences, on average."""
+    one = sum(len(recording) for recording in recordings()) / len(recordings()) / SAMPLE_RATE
+    return sentences * (one + PAUSE_S) - PAUSE_S
 
 
 def rounded(values: Any) -> Any:

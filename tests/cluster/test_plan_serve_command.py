@@ -79,8 +79,10 @@ def test_gpus_are_counted_and_priced_by_name(tmp_path: Path) -> None:
     assert "H100 GPUs at the peak" in output
     assert "H100: $6.88 an hour" in output
     found = told("--rps", "1", "--times", str(file))["per_modality"]
-    assert found["gpus"] >= found["peak"]["H100"] == 0.5 * sum(
-        found["replicas"][part]["peak"] for part in ("vision", "audio", "text")
+    assert (
+        found["gpus"]
+        >= found["peak"]["H100"]
+        == 0.5 * sum(found["replicas"][part]["peak"] for part in ("vision", "audio", "text"))
     )
 
 

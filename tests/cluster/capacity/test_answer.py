@@ -74,5 +74,7 @@ def test_models_in_turns_cost_less_than_a_share_each_and_never_less_than_the_wor
     assert saving(plain, whole)[0] > saving(plain, packed)[0]
     mix, times, shape = question.trace.mix, question.times, question.shape
     of_text = shape.answer_tokens * (times.text.seconds_per_step / 16 + times.text.seconds_per_answer)
-    work = mix.audio * times.audio.seconds_per_second * shape.audio_seconds + of_text  # core seconds a request, at least
+    work = (
+        mix.audio * times.audio.seconds_per_second * shape.audio_seconds + of_text
+    )  # core seconds a request, at least
     assert packed.outcome.replicas["text"].mean() > question.trace.peak_rps * work
