@@ -125,13 +125,12 @@ def answer(question: Question, way: Way = "apart") -> Answer:
     _require_reachable(question)
     tried = [_simulated(question, way, dict.fromkeys(PARTS, TARGET_SHARES[0]))]
     for share in TARGET_SHARES[1:] if question.scaled else ():
-        if tried[-1].keeps is not False:
+        if tried[-1].keeps is not False or tried[-1].capped:
             break
         tried.append(_simulated(question, way, dict.fromkeys(PARTS, share)))
-    best = tried[-1]
-    if best.keeps is False:
+    if tried[-1].keeps is False:
         return max(tried, key=lambda one: one.outcome.share_within(question.ttft_s or 0.0))
-    return _relaxed(best) if len(tried) > 1 else best
+    return _relaxed(tried[-1]) if len(tried) > 1 else tried[-1]
 
 
 def saving(parts: Answer, whole: Answer) -> tuple[float, str]:

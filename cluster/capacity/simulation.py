@@ -34,7 +34,7 @@ FINE_TICKS = 12_000
 LONGEST_TICK_S = 2.0
 DRAIN_S = 3_600.0
 """After a trace, at most, for requests that still wait."""
-TICK_S = 0.05
+TICK_S = 0.1
 WARM_S = 300.0
 _TOLD = 8
 """Requests of each kind that are told in a tick."""

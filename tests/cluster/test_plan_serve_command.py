@@ -1,6 +1,7 @@
 """`mmllm plan serve` from the shell, beside `mmllm plan RECIPE`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,7 @@ def test_a_gpu_without_a_price_is_said_and_saved_in_hours(tmp_path: Path) -> Non
 def test_a_mistake_is_named_with_what_to_do(arguments: tuple[str, ...], named: str) -> None:
     _, wrong = run("serve", "--rps", "1", *SHORT, *arguments)
     assert wrong is not None
-    pytest.raises(ConfigError, _raise, wrong).match(named)
-
-
-def _raise(error: Exception) -> None:
-    raise error
+    assert re.search(named, str(wrong)), wrong
 
 
 def test_a_promise_that_is_not_kept_is_an_error_after_the_answer() -> None:

@@ -18,7 +18,7 @@ QUICK = {"upscale_delay_s": 5, "downscale_delay_s": 20, "look_back_s": 10, "metr
 def question() -> Question:
     parts = ("clip", "whisper", "phi")
     changes = {f"{part}.autoscaling.{key}": value for part in parts for key, value in QUICK.items()}
-    trace = Trace("steady", 6.0, Mix(0.5, 0.3, 0.2), 300.0)
+    trace = Trace("steady", 6.0, Mix(0.5, 0.3, 0.2), 200.0)
     times = load_service_times("embedded-cpu")
     return Question(load_serve_config("embedded", changes), times, trace, Shape(120, 60, 1, 4.0), Prices(load_prices()))
 
@@ -51,12 +51,15 @@ def test_what_no_request_has_even_alone_is_refused_before_anything_is_simulated(
         answer(replace(question, ttft_s=0.9 * alone_s(question)["text"]))
 
 
-def test_refused_requests_break_a_promise(question: Question) -> None:
+def test_refused_requests_break_a_promise_and_more_replicas_are_not_tried_where_there_may_be_none(
+    question: Question,
+) -> None:
     few = replace(question, ttft_s=60.0, max_replicas=1, trace=replace(question.trace, peak_rps=40.0))
     found = answer(few)
     assert found.outcome.refused > 0.05 * found.outcome.arrived
     assert found.keeps is False
     assert "text" in found.capped
+    assert set(found.target_shares.values()) == {1.0}
 
 
 def test_a_replica_that_packs_its_models_takes_what_the_largest_does(question: Question) -> None:
@@ -74,7 +77,5 @@ def test_models_in_turns_cost_less_than_a_share_each_and_never_less_than_the_wor
     assert saving(plain, whole)[0] > saving(plain, packed)[0]
     mix, times, shape = question.trace.mix, question.times, question.shape
     of_text = shape.answer_tokens * (times.text.seconds_per_step / 16 + times.text.seconds_per_answer)
-    work = (
-        mix.audio * times.audio.seconds_per_second * shape.audio_seconds + of_text
-    )  # core seconds a request, at least
-    assert packed.outcome.replicas["text"].mean() > question.trace.peak_rps * work
+    of_audio = mix.audio * times.audio.seconds_per_second * shape.audio_seconds  # core seconds of a request, at least
+    assert packed.outcome.replicas["text"].mean() > question.trace.peak_rps * (of_audio + of_text)

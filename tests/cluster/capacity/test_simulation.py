@@ -63,7 +63,7 @@ def test_a_steady_load_is_told_as_event_by_event(
     rps: float, replicas: tuple[int, int, int], times: ServiceTimes
 ) -> None:
     config = fixed(clip=replicas[0], whisper=replicas[1], phi=replicas[2])
-    found, exact = both(config, times, Trace("steady", rps, MIX, 1500.0), tick_s=0.1)
+    found, exact = both(config, times, Trace("steady", rps, MIX, 800.0), tick_s=0.1)
     for share in (0.5, 0.95):
         assert found.ttft(share) == pytest.approx(told(exact, share), rel=0.15)
         for kind, name in enumerate(KINDS):
@@ -83,7 +83,7 @@ def test_a_burst_brings_the_replicas_that_it_brings_event_by_event(times: Servic
 
 
 def test_models_that_take_turns_are_told_as_event_by_event(times: ServiceTimes) -> None:
-    trace = Trace("steady", 1.2, MIX, 1500.0)
+    trace = Trace("steady", 1.2, MIX, 800.0)
     config = fixed(clip=2, whisper=2, phi=2)
     found, exact = both(config, times, trace, tick_s=0.1, way="packed")
     alone = Simulation(config, times, trace, SHAPE, tick_s=0.1).run()
@@ -93,7 +93,7 @@ def test_models_that_take_turns_are_told_as_event_by_event(times: ServiceTimes) 
 
 
 def test_ticks_much_longer_than_a_request_tell_the_same(times: ServiceTimes) -> None:
-    trace = Trace("steady", 4.0, MIX, 1500.0)
+    trace = Trace("steady", 4.0, MIX, 800.0)
     config = fixed(clip=1, whisper=2, phi=4)
     fine, coarse = (Simulation(config, times, trace, SHAPE, tick_s=tick_s).run() for tick_s in (0.1, 2.0))
     assert coarse.ttft(0.5) == pytest.approx(fine.ttft(0.5), rel=0.15)
@@ -118,7 +118,7 @@ def test_those_who_still_wait_when_a_trace_ends_are_told_with_all_that_they_wait
 def test_long_ticks_refuse_nobody_whom_short_ones_take(times: ServiceTimes) -> None:
     quick = times.text.model_copy(update={"seconds_per_step": 0.01, "seconds_per_answer": 0.0002})
     fast = times.model_copy(update={"text": quick})
-    trace = Trace("steady", 60.0, Mix(1.0, 0.0, 0.0), 400.0)
+    trace = Trace("steady", 35.0, Mix(1.0, 0.0, 0.0), 200.0)
     config = fixed(clip=1, whisper=1, phi=6)
     fine, coarse = (Simulation(config, fast, trace, SHAPE, tick_s=tick_s).run() for tick_s in (0.1, 2.0))
     assert fine.refused == coarse.refused == 0
