@@ -63,11 +63,11 @@ def test_a_steady_load_is_told_as_event_by_event(
     rps: float, replicas: tuple[int, int, int], times: ServiceTimes
 ) -> None:
     config = fixed(clip=replicas[0], whisper=replicas[1], phi=replicas[2])
-    found, exact = both(config, times, Trace("steady", rps, MIX, 800.0), tick_s=0.1)
+    found, exact = both(config, times, Trace("steady", rps, MIX, 1500.0), tick_s=0.25)
     for share in (0.5, 0.95):
         assert found.ttft(share) == pytest.approx(told(exact, share), rel=0.15)
         for kind, name in enumerate(KINDS):
-            assert found.ttft(share, name) == pytest.approx(told(exact, share, kind), rel=0.2)
+            assert found.ttft(share, name) == pytest.approx(told(exact, share, kind), rel=0.25)
 
 
 def test_a_burst_brings_the_replicas_that_it_brings_event_by_event(times: ServiceTimes) -> None:
@@ -83,10 +83,10 @@ def test_a_burst_brings_the_replicas_that_it_brings_event_by_event(times: Servic
 
 
 def test_models_that_take_turns_are_told_as_event_by_event(times: ServiceTimes) -> None:
-    trace = Trace("steady", 1.2, MIX, 800.0)
+    trace = Trace("steady", 1.2, MIX, 1500.0)
     config = fixed(clip=2, whisper=2, phi=2)
-    found, exact = both(config, times, trace, tick_s=0.1, way="packed")
-    alone = Simulation(config, times, trace, SHAPE, tick_s=0.1).run()
+    found, exact = both(config, times, trace, tick_s=0.25, way="packed")
+    alone = Simulation(config, times, trace, SHAPE, tick_s=0.25).run()
     for share in (0.5, 0.95):
         assert found.ttft(share) == pytest.approx(told(exact, share), rel=0.15)
     assert (alone.ttft(0.95) or 0) < 0.75 * told(exact, 0.95)
@@ -127,7 +127,7 @@ def test_long_ticks_refuse_nobody_whom_short_ones_take(times: ServiceTimes) -> N
 
 def test_a_request_that_comes_to_no_replica_waits_for_a_start(times: ServiceTimes) -> None:
     config = scaled(**{"clip.autoscaling.min_replicas": 0, "clip.autoscaling.downscale_delay_s": 5})
-    trace = Trace("steady", 0.05, Mix(0.0, 1.0, 0.0), 1800.0)
+    trace = Trace("steady", 0.05, Mix(0.0, 1.0, 0.0), 1000.0)
     found = Simulation(config, times, trace, SHAPE, tick_s=0.25).run()
     assert found.replicas["vision"].min() == 0
     assert (found.ttft(0.95) or 0) > times.vision.start_seconds
