@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,7 +53,7 @@ def plan_serve(
     if plot and not plot.absolute().parent.is_dir():
         raise ConfigError(f"--plot {plot}: there is no folder {plot.absolute().parent}")
     question = Question(
-        load_serve_config(profile, parse_overrides(overrides or [])),
+        load_serve_config(profile, _roomy(parse_overrides(overrides or []), max_replicas)),
         load_service_times(times),
         trace_of(trace, rps, parse_mix(mix), hours and hours * 3600),
         Shape(prompt_tokens, answer_tokens, images, audio_seconds),
@@ -72,6 +72,12 @@ def plan_serve(
         print_answers(parts, whole, packed)
     if wrong := complaint(parts):
         raise ConfigError(wrong)
+
+
+def _roomy(overrides: dict[str, Any], max_replicas: int) -> dict[str, Any]:
+    """Overrides under which a profile's own bound on replicas, which is not what is asked, refuses no `min_replicas`."""
+    floors = [key for key in overrides if key.endswith(".autoscaling.min_replicas")]
+    return {key.replace("min_replicas", "max_replicas"): max_replicas for key in floors} | overrides
 
 
 def parse_slo(said: str) -> float:
