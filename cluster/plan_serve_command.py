@@ -75,7 +75,7 @@ def plan_serve(
 
 
 def _roomy(overrides: dict[str, Any], max_replicas: int) -> dict[str, Any]:
-    """Overrides under which a profile's own bound on replicas, which is not what is asked, refuses no `min_replicas`."""
+    """Overrides by which the bound on replicas that a profile has, which is not asked, refuses no `min_replicas`."""
     floors = [key for key in overrides if key.endswith(".autoscaling.min_replicas")]
     return {key.replace("min_replicas", "max_replicas"): max_replicas for key in floors} | overrides
 
