@@ -18,7 +18,7 @@ from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
 from cluster.keys_commands import keys_app, keys_file
 from cluster.local import Verbose, quieten
-from cluster.plan_command import plan
+from cluster.plan_command import plan_app
 from cluster.report_command import report
 from cluster.space_command import space_app
 from cluster.spoken_command import evaluate_spoken
@@ -39,7 +39,6 @@ app.command()(chat)
 app.command()(evaluate)
 app.command()(evaluate_spoken)
 app.command()(export)
-app.command()(plan)
 app.command()(report)
 app.command()(top)
 app.command()(train)
@@ -47,6 +46,7 @@ app.command()(ui)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(features_app, name="features")
 app.add_typer(keys_app, name="keys")
+app.add_typer(plan_app, name="plan")
 app.add_typer(space_app, name="space")
 app.add_typer(submit_app, name="submit")
 console = Console()

@@ -1,4 +1,4 @@
-"""`mmllm plan`: options in, tables out; the arithmetic is `train_jobs.plan`'s."""
+"""`mmllm plan RECIPE`, beside `mmllm plan serve`: options in, tables out; the arithmetic is `train_jobs.plan`'s."""
 
 import json
 import sys
@@ -10,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
+
+from cluster.plan_serve_command import plan_serve
 
 if TYPE_CHECKING:
     from train_jobs.plan import Choice, Plan
@@ -32,6 +35,24 @@ _PARTS = {
 }
 
 
+class _RecipeUnlessNamed(TyperGroup):
+    """`plan RECIPE` is `plan recipe RECIPE`: what names no command of the group is a recipe, or an option for one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["recipe", *args]
+        return super().parse_args(ctx, args)
+
+
+plan_app = typer.Typer(
+    cls=_RecipeUnlessNamed,
+    no_args_is_help=True,
+    help="What it costs before it runs: training (`plan RECIPE`, or `plan recipe RECIPE`), and serving (`plan serve`).",
+)
+plan_app.command("serve")(plan_serve)
+
+
+@plan_app.command("recipe")
 def plan(
     recipe: Annotated[str, typer.Argument(help="A name such as embedded-instruct, or a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings to change, as key=value.")] = None,

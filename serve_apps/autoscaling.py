@@ -6,15 +6,14 @@ waits at a caller Serve tells only that it is there, so it counts as much as rec
 once every replica holds all the requests that it takes, so the estimate matters only when more replicas are due anyway.
 
 Serve's controller runs this module and need not have mmllm installed: Serve sends it the module by value, so only
-Python's own library and Ray are imported here.
+Python's own library is imported here, and Ray by the policy alone. `cluster.capacity` asks `decide` about replicas
+that are simulated.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-from ray.util.metrics import Gauge
 
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
@@ -48,6 +47,8 @@ class Report:
     per_request: float | None = None
     """Work of its recent requests."""
     kv_use: float = 0.0
+    alike: int = 1
+    """Replicas that it stands for: all of them said this."""
 
 
 @dataclass(frozen=True)
@@ -88,25 +89,33 @@ def decide(seen: Observed, targets: Targets) -> Decision:
     within `targets.kv_use`; whichever asks for most. Fewer than before only if `targets.tolerance` stays free, and only
     once every running replica has reported: one that has not may hold work.
     """
-    silent = seen.running > len(seen.reports)
-    reported = sum(report.requests for report in seen.reports)
+    n_reported = sum(report.alike for report in seen.reports)
+    silent = seen.running > n_reported
+    reported = sum(report.requests * report.alike for report in seen.reports)
     # Handles also count what they have sent, but that count is older than a report, and one that misses the end of a
     # stream would hold replicas for ever. It is asked for only where a replica says nothing itself.
     unseen = max(seen.queued, seen.ongoing - reported) if silent else seen.queued
-    known = [report.per_request for report in seen.reports if report.per_request is not None]
-    per_request = sum(known) / len(known) if known else seen.remembered
-    unweighed = unseen + sum(report.unweighed for report in seen.reports)
-    work = sum(report.work for report in seen.reports) + unweighed * (per_request or targets.per_request)
+    per_request = _mean_per_request(seen.reports, seen.remembered)
+    unweighed = unseen + sum(report.unweighed * report.alike for report in seen.reports)
+    work = sum(report.work * report.alike for report in seen.reports) + unweighed * (per_request or targets.per_request)
     requests = reported + unseen
+    kv_use = sum(report.kv_use * report.alike for report in seen.reports)
     needs = [work / targets.work, requests / targets.requests]
     if targets.kv_use is not None:
-        needs.append(sum(report.kv_use for report in seen.reports) / targets.kv_use)
+        needs.append(kv_use / targets.kv_use)
     replicas = _stepped(max(needs), seen.wanted, targets.tolerance)
     if silent:
         replicas = max(replicas, seen.wanted)
-    kv_use = sum(report.kv_use for report in seen.reports) / max(1, len(seen.reports))
     bounded = min(max(replicas, seen.min_replicas), seen.max_replicas)
-    return Decision(bounded, work, requests, per_request, kv_use)
+    return Decision(bounded, work, requests, per_request, kv_use / max(1, n_reported))
+
+
+def _mean_per_request(reports: tuple[Report, ...], remembered: float | None) -> float | None:
+    """Work of a request, over the replicas that know it."""
+    known = [(report.per_request, report.alike) for report in reports if report.per_request is not None]
+    if not known:
+        return remembered
+    return sum(work * alike for work, alike in known) / sum(alike for _, alike in known)
 
 
 def _stepped(need: float, wanted: int, tolerance: float) -> int:
@@ -152,6 +161,8 @@ class WorkPolicy:
     """
 
     def __init__(self, modality: str, unit: str, targets: dict[str, Any]):
+        from ray.util.metrics import Gauge
+
         self._targets = Targets(**targets)
         self._labels = {"modality": modality, "unit": unit}
         self._gauges = {

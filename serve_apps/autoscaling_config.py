@@ -4,11 +4,13 @@ Knows units and limits. Does not know Ray: `serve_apps.builder` turns it into Se
 `serve_apps.autoscaling` decides by it.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import Field, model_validator
 
 from mmllm_core.config import StrictModel
+from serve_apps.autoscaling import Targets
 
 
 class Autoscaling(StrictModel):
@@ -63,6 +65,14 @@ class WorkAutoscaling(Autoscaling):
         """Work of a request until some were measured, in `unit`."""
         return float(getattr(self, f"{self.unit}_per_request"))
 
+    def targets(self, max_ongoing_requests: int) -> Targets:
+        """What the policy goes by.
+
+        Args:
+            max_ongoing_requests: that a replica takes at a time.
+        """
+        return Targets(self.target, self.per_request, max_ongoing_requests, tolerance=self.tolerance)
+
 
 class VisionAutoscaling(WorkAutoscaling):
     """Replicas follow images."""
@@ -93,3 +103,7 @@ class TextAutoscaling(WorkAutoscaling):
     tokens_per_request: float = Field(default=512.0, gt=0)
     max_kv_use: float = Field(default=0.8, gt=0, le=1)
     """Share of `kv_cache_bytes` that requests may hold before more replicas are due, whatever their tokens."""
+
+    def targets(self, max_ongoing_requests: int) -> Targets:
+        """As `WorkAutoscaling.targets`."""
+        return replace(super().targets(max_ongoing_requests), kv_use=self.max_kv_use)

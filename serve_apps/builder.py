@@ -6,6 +6,7 @@ the bundle is opened only to be verified and for its name.
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from mmllm_core.bundle import Bundle
 from mmllm_core.config import StrictModel
 from mmllm_core.errors import ConfigError
 from serve_apps.assistant_app import Assistant
-from serve_apps.autoscaling_config import RequestAutoscaling, TextAutoscaling, WorkAutoscaling
+from serve_apps.autoscaling_config import RequestAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
 from serve_apps.config_files import load_serve_config
@@ -163,15 +164,12 @@ def _scaling(config: DeploymentConfig) -> dict[str, Any]:
     if isinstance(scaling, RequestAutoscaling):
         wanted["target_ongoing_requests"] = scaling.target_requests
     elif isinstance(scaling, WorkAutoscaling):
-        targets = {
-            "work": scaling.target,
-            "per_request": scaling.per_request,
-            "requests": config.max_ongoing_requests,
-            "kv_use": scaling.max_kv_use if isinstance(scaling, TextAutoscaling) else None,
-            "tolerance": scaling.tolerance,
-        }
         wanted["policy"] = AutoscalingPolicy(
             policy_function="serve_apps.autoscaling:WorkPolicy",
-            policy_kwargs={"modality": config.modality, "unit": scaling.unit, "targets": targets},
+            policy_kwargs={
+                "modality": config.modality,
+                "unit": scaling.unit,
+                "targets": asdict(scaling.targets(config.max_ongoing_requests)),
+            },
         )
     return {"autoscaling_config": AutoscalingConfig(**wanted)}

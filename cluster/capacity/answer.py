@@ -1,0 +1,178 @@
+"""What a load takes: replicas, CPUs, GPUs, dollars, and seconds to the first token, of each way to scale.
+
+In: a load, a config, service times, prices. Out: an `Answer`. Where seconds are promised, replicas hold less of their
+targets until they are kept, and each modality only as much less as that takes. Does not know how an answer is shown.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cluster.capacity.changed_config import FIELDS, with_bounds, with_targets
+from cluster.capacity.outcome import Outcome, quantile
+from cluster.capacity.prices import CPU, Prices
+from cluster.capacity.service_times import Hardware, ServiceTimes
+from cluster.capacity.simulation import PARTS, Shape, Simulation, Way
+from cluster.capacity.traces import KINDS, Trace
+from mmllm_core.errors import ConfigError
+from serve_apps.config import ServeConfig
+
+TARGET_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
+PROMISED = 0.95
+"""Share of requests that a promise is about."""
+
+
+class Unreachable(ConfigError):
+    """What is promised is not kept by any number of replicas."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked."""
+
+    config: ServeConfig
+    times: ServiceTimes
+    trace: Trace
+    shape: Shape
+    prices: Prices
+    ttft_s: float | None = None
+    """Seconds to the first token that 95% of requests shall have."""
+    max_replicas: int = 2_000
+    """Of a deployment, instead of the config's own bounds."""
+
+    @property
+    def scaled(self) -> list[str]:
+        """Modalities whose replicas follow the load."""
+        return [name for name, field in FIELDS.items() if getattr(self.config, field).autoscaling]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One way to scale, and what it takes."""
+
+    question: Question
+    way: Way
+    outcome: Outcome
+    target_shares: dict[str, float]
+    """Of the config's targets, that replicas were let hold, by modality."""
+
+    @property
+    def keeps(self) -> bool | None:
+        """Whether what was promised is kept; None if nothing was. A refused request does not keep it."""
+        promise = self.question.ttft_s
+        return None if promise is None else self.outcome.share_within(promise) >= PROMISED
+
+    @property
+    def capped(self) -> list[str]:
+        """Modalities that had as many replicas as they may have, at some moment."""
+        most = self.question.max_replicas
+        return [name for name in self.question.scaled if self.outcome.replicas[name].max() > most - 0.5]
+
+    @cached_property
+    def taken(self) -> dict[str, NDArray[np.float64]]:
+        """(n,) CPU cores (`CPU`), and GPUs by name, that are taken at the outcome's moments."""
+        taken: dict[str, NDArray[np.float64]] = {}
+        for part, hardware in replica_hardware(self.question.times, self.way).items():
+            for name, amount in hardware.amounts.items():
+                taken[name] = taken.get(name, 0.0) + self.outcome.replicas[part] * amount
+        return taken
+
+    @property
+    def hours(self) -> dict[str, float]:
+        """Of each kind of hardware, over the whole trace."""
+        return {name: float(amounts.mean()) * self.outcome.seconds / 3600 for name, amounts in self.taken.items()}
+
+    @property
+    def peak(self) -> dict[str, float]:
+        """Of each kind of hardware, when most of it is taken."""
+        return {name: float(amounts.max()) for name, amounts in self.taken.items()}
+
+    @property
+    def dollars_per_hour(self) -> float | None:
+        """On average over the trace; None where a price is missing of what is used."""
+        total = self.question.prices.dollars(self.hours)
+        return total if total is None else total / (self.outcome.seconds / 3600)
+
+
+def replica_hardware(times: ServiceTimes, way: Way) -> dict[str, Hardware]:
+    """What a replica of each part takes, and one of the ingress.
+
+    All three models of a replica that packs them take what the largest does, which is counted as the LM's.
+    """
+    hardware = {name: getattr(times, name).hardware for name in (*PARTS, "ingress")}
+    if way != "packed":
+        return hardware
+    models = [hardware[name] for name in PARTS]
+    most = max(models, key=lambda one: one.gpus)
+    together = Hardware(cpus=max(one.cpus for one in models), gpus=most.gpus, gpu=most.gpu)
+    return hardware | {"vision": Hardware(), "audio": Hardware(), "text": together}
+
+
+def answer(question: Question, way: Way = "apart") -> Answer:
+    """Simulate, with replicas that hold ever less, until the promise is kept or there is no more to try.
+
+    Raises:
+        ConfigError: the config scales some deployments and not others, and nothing whole can be made of that.
+        Unreachable: requests that meet nobody already take longer than is promised.
+    """
+    if way != "apart" and question.scaled and len(question.scaled) < len(PARTS):
+        raise ConfigError(
+            f"serve config '{question.config.name}': {', '.join(FIELDS.values())} must all have autoscaling, or none, "
+            "to be compared with one deployment that is scaled whole"
+        )
+    _require_reachable(question)
+    tried = [_simulated(question, way, dict.fromkeys(PARTS, TARGET_SHARES[0]))]
+    for share in TARGET_SHARES[1:] if question.scaled else ():
+        if tried[-1].keeps is not False or tried[-1].capped:
+            break
+        tried.append(_simulated(question, way, dict.fromkeys(PARTS, share)))
+    if tried[-1].keeps is False:
+        return max(tried, key=lambda one: one.outcome.share_within(question.ttft_s or 0.0))
+    return _relaxed(tried[-1]) if len(tried) > 1 else tried[-1]
+
+
+def saving(parts: Answer, whole: Answer) -> tuple[float, str]:
+    """Share of the whole's cost that scaling by modality saves, below 0 if it costs more, and of what."""
+    if parts.dollars_per_hour is not None and whole.dollars_per_hour:
+        return 1 - parts.dollars_per_hour / whole.dollars_per_hour, "dollars"
+    gpus = [sum(amount for name, amount in one.hours.items() if name != CPU) for one in (parts, whole)]
+    if gpus[1]:
+        return 1 - gpus[0] / gpus[1], "GPU hours"
+    return 1 - parts.hours[CPU] / whole.hours[CPU], "CPU hours"
+
+
+def alone_s(question: Question) -> dict[str, float]:
+    """Seconds to the first token of a request of each kind that meets nobody."""
+    simulation = Simulation(question.config, question.times, question.trace, question.shape)
+    return dict(zip(KINDS, simulation.alone_s().tolist(), strict=True))
+
+
+def _simulated(question: Question, way: Way, shares: dict[str, float]) -> Answer:
+    config = with_targets(with_bounds(question.config, question.max_replicas), shares)
+    outcome = Simulation(config, question.times, question.trace, question.shape, way=way).run()
+    return Answer(question, way, outcome, shares)
+
+
+def _relaxed(kept: Answer) -> Answer:
+    """The same promise, with all that the config lets them hold for the modalities that need no less."""
+    for name in kept.question.scaled:
+        easier = _simulated(kept.question, kept.way, kept.target_shares | {name: 1.0})
+        if easier.keeps:
+            kept = easier
+    return kept
+
+
+def _require_reachable(question: Question) -> None:
+    if question.ttft_s is None:
+        return
+    alone = alone_s(question)
+    least = quantile(np.array(list(alone.values())), question.trace.mix.shares, PROMISED) or 0.0
+    if least > question.ttft_s:
+        said = ", ".join(f"{kind} {seconds:.2f} s" for kind, seconds in alone.items())
+        raise Unreachable(
+            f"--slo ttft={question.ttft_s:g}: no number of replicas keeps it, for a request that meets nobody has its "
+            f"first token after: {said}. Promise {least * 1.2:.2g} s or more, or give service times of faster hardware "
+            "(--times)"
+        )
