@@ -15,6 +15,7 @@ from cluster.data_commands import data
 from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
+from cluster.k8s_commands import k8s_app
 from cluster.keys_commands import keys_app, keys_file
 from cluster.local import Verbose, quieten
 from cluster.plan_command import plan
@@ -42,6 +43,7 @@ app.command()(top)
 app.command()(train)
 app.add_typer(features_app, name="features")
 app.add_typer(keys_app, name="keys")
+app.add_typer(k8s_app, name="k8s")
 app.add_typer(space_app, name="space")
 console = Console()
 

@@ -13,10 +13,9 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.modalities import RESOURCES
 from cluster.ray_record import find_running, recording, showing_token, token_is_named
 from mmllm_core.errors import EnvironmentLack
-
-MODALITIES = ("vision", "audio", "text")
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")]
 """The option of every command that starts a Ray of its own."""
@@ -66,7 +65,7 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
             ray.init(
                 "local",  # else it goes to what `ray start` noted on this machine, alive or dead
                 num_cpus=max(2, usable_cores()),
-                resources=dict.fromkeys(MODALITIES, 8.0),
+                resources=dict.fromkeys(RESOURCES, 8.0),
                 include_dashboard=False,
                 log_to_driver=verbose,
                 logging_level=_level(verbose),
