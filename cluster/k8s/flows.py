@@ -66,9 +66,13 @@ def _within(pods: dict[str, Peer]) -> Iterator[Flow]:
         yield Flow(peer, head, GCS, True)
         yield Flow(peer, head, DASHBOARD, False)
         yield Flow(peer, head, CLIENT, False)
-        for one, other in ((peer, head), (head, peer)):
+        yield Flow(peer, head, SERVE, False)
+        for other in pods.values():  # replicas call each other, and objects go from node to node
             for port in (RAYLET, RAYLET + 3, *WORKERS, AGENT):
-                yield Flow(one, other, port, True)
+                yield Flow(peer, other, port, True)
+                yield Flow(other, peer, port, True)
+            for port in (DASHBOARD, CLIENT, SERVE):
+                yield Flow(other, peer, port, False)
 
 
 def _from_outside(pods: dict[str, Peer]) -> Iterator[Flow]:
