@@ -123,7 +123,9 @@ def test_without_a_gateway_nobody_reaches_the_service(rendered: Rendered) -> Non
     assert not any(flow.allowed for flow in flows_in)
 
 
-@pytest.mark.parametrize("name", ["default-deny", "dns", "https-out", "ray-serving", "dashboard", "autoscaler", "redis"])
+@pytest.mark.parametrize(
+    "name", ["default-deny", "dns", "https-out", "ray-serving", "dashboard", "autoscaler", "redis"]
+)
 def test_no_policy_is_idle(rendered: Rendered, name: str) -> None:
     """Without any of them the table does not hold."""
     manifests = [m for m in rendered("prod-gpu") if (m["kind"], m["metadata"]["name"]) != ("NetworkPolicy", name)]
