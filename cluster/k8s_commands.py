@@ -19,7 +19,7 @@ k8s_app = typer.Typer(help="Kubernetes manifests: render, check and compare them
 console = Console(soft_wrap=True)
 
 Name = Annotated[
-    str, typer.Argument(metavar="TARGET", help="An overlay such as prod-gpu, or a job such as jobs/align.")
+    str, typer.Argument(metavar="TARGET", help="An overlay such as prod-gpu, a job such as jobs/align, or a folder.")
 ]
 With = Annotated[list[str] | None, typer.Option("--with", help="A component on top; several by several --with.")]
 Folder = Annotated[Path | None, typer.Option("--folder", help="The folder k8s; this checkout's if not given.")]
@@ -60,7 +60,7 @@ def validate(
     for each in names:
         target = _target(each, with_, folder)
         manifests = rendered(target)
-        found = findings_of(manifests, context=context_of(target), crds=crds)
+        found = findings_of(manifests, context=context_of(target, manifests), crds=crds)
         wrong += len(found)
         for finding in found:
             console.print(f"{each}: {finding}", markup=False, highlight=False)

@@ -34,6 +34,8 @@ class Target:
 
     folder: Path
     """Of a kustomization."""
+    root: Path
+    """The folder `k8s`, where components are."""
     components: tuple[str, ...] = ()
     """Besides those that it has."""
     registry: str | None = None
@@ -67,16 +69,20 @@ def find_target(
 
     Args:
         root: the folder `k8s`.
-        name: of an overlay, or a folder below `root`.
+        name: of an overlay, a folder below `root`, or one of your own that builds on one of these.
         components: that come on top, in any order.
 
     Raises:
         ConfigError: there is no such target or component, or components exclude or lack each other.
     """
-    folder = next((f for f in (root / name, root / "overlays" / name) if (f / "kustomization.yaml").is_file()), None)
+    folder = next(
+        (f for f in (root / "overlays" / name, root / name, Path(name)) if (f / "kustomization.yaml").is_file()), None
+    )
     if folder is None:
         known = ", ".join([*overlays(root), *(f"jobs/{job}" for job in jobs(root))]) or f"none in {root}"
-        raise ConfigError(f"k8s target '{name}' is unknown: choose one of {known}, or name the folder by --folder")
+        raise ConfigError(
+            f"k8s target '{name}' is unknown: choose one of {known}, or a folder with a kustomization.yaml"
+        )
     for component in components:
         if component not in COMPONENTS:
             raise ConfigError(f"component '{component}' is unknown: choose of {', '.join(COMPONENTS)}")
@@ -85,7 +91,7 @@ def find_target(
         raise ConfigError(f"component '{twice[0]}' is part of {name} already: leave it out")
     if problem := conflict(own | set(components)):
         raise ConfigError(f"{name} with {', '.join(components)}: {problem}")
-    return Target(folder, tuple(c for c in COMPONENTS if c in components), registry, tag)
+    return Target(folder, root, tuple(c for c in COMPONENTS if c in components), registry, tag)
 
 
 def conflict(components: set[str]) -> str | None:
@@ -100,8 +106,14 @@ def conflict(components: set[str]) -> str | None:
 
 
 def _own_components(folder: Path) -> set[str]:
-    listed = yaml.safe_load((folder / "kustomization.yaml").read_text()).get("components", [])
-    return {Path(path).name for path in listed} & set(COMPONENTS)
+    """Those that a folder lays on itself, or that what it builds on does."""
+    try:
+        said = yaml.safe_load((folder / "kustomization.yaml").read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{folder}/kustomization.yaml: not valid YAML: {' '.join(str(error).split())}") from error
+    found = {Path(path).name for path in said.get("components") or []} & set(COMPONENTS)
+    below = [folder / path for path in said.get("resources") or [] if (folder / path / "kustomization.yaml").is_file()]
+    return found.union(*(_own_components(each) for each in below))
 
 
 def render(target: Target) -> list[Manifest]:
@@ -118,7 +130,6 @@ def render_text(target: Target) -> str:
     """`render`, as one YAML stream."""
     if not (target.components or target.registry or target.tag):
         return _kustomize(target.folder)
-    root = target.folder.parents[1]
     with tempfile.TemporaryDirectory() as folder:  # kustomize wants relative paths, which may lead anywhere
         top = Path(folder).resolve()
 
@@ -127,7 +138,7 @@ def render_text(target: Target) -> str:
 
         kustomization: dict[str, object] = {
             "resources": [relative(target.folder)],
-            "components": [relative(root / "components" / name) for name in target.components],
+            "components": [relative(target.root / "components" / name) for name in target.components],
         }
         if target.registry or target.tag:
             names = dict.fromkeys(image for role in ROLES.values() for image in role.images)

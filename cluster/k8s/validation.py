@@ -5,7 +5,7 @@ from pathlib import Path
 from cluster.k8s.agreement import agreement_findings
 from cluster.k8s.flows import flow_findings
 from cluster.k8s.kuberay import kuberay_findings
-from cluster.k8s.manifests import Finding, Manifest
+from cluster.k8s.manifests import Finding, Manifest, of_kind
 from cluster.k8s.pods import pod_findings
 from cluster.k8s.render import Target, render
 from cluster.k8s.schemas import core_findings, custom_findings, load_crds
@@ -38,12 +38,10 @@ def validate(
     ]
 
 
-def context_of(target: Target) -> list[Manifest]:
-    """What is on the cluster before a target comes: the service, for a job; nothing, for an overlay.
+def context_of(target: Target, manifests: list[Manifest]) -> list[Manifest]:
+    """What is on the cluster before a target comes: the service, for a job; nothing, for what brings the namespace.
 
     Raises:
         EnvironmentLack: there is no kubectl.
     """
-    if target.folder.parent.name != "jobs":
-        return []
-    return render(Target(target.folder.parents[1] / "base"))
+    return [] if of_kind(manifests, "Namespace") else render(Target(target.root / "base", target.root))

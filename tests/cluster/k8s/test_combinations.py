@@ -48,13 +48,13 @@ def test_an_overlay_with_components_is_valid(
 
 @pytest.mark.parametrize("job", jobs(ROOT))
 def test_a_job_is_valid(rendered: Rendered, crds: Path, job: str) -> None:
-    found = validate(rendered(f"jobs/{job}"), context=render(Target(ROOT / "base")), crds=crds)
+    found = validate(rendered(f"jobs/{job}"), context=render(Target(ROOT / "base", ROOT)), crds=crds)
     assert [str(finding) for finding in found] == []
 
 
 @pytest.mark.parametrize("components", [*((c,) for c in FOR_JOBS), FOR_JOBS], ids="+".join)
 def test_a_job_with_components_is_valid(rendered: Rendered, crds: Path, components: tuple[str, ...]) -> None:
-    found = validate(rendered("jobs/instruct", *components), context=render(Target(ROOT / "base")), crds=crds)
+    found = validate(rendered("jobs/instruct", *components), context=render(Target(ROOT / "base", ROOT)), crds=crds)
     assert [str(finding) for finding in found] == []
 
 

@@ -377,7 +377,7 @@ def test_a_fault_of_the_service_is_found(rendered: Rendered, crds: Path, fault: 
 def test_a_fault_of_a_job_is_found(rendered: Rendered, crds: Path, fault: Fault) -> None:
     manifests = rendered("jobs/instruct")
     fault.change(one(manifests, fault.kind))
-    found = validate(manifests, context=render(Target(ROOT / "base")), crds=crds)
+    found = validate(manifests, context=render(Target(ROOT / "base", ROOT)), crds=crds)
     assert fault.said in "\n".join(str(finding) for finding in found)
 
 

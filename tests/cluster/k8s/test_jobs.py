@@ -53,7 +53,7 @@ def _entrypoint(manifests: list[Manifest]) -> str:
     return str(one(manifests, "RayJob")["spec"]["entrypoint"])
 
 
-RAY_JOBS = [job for job in jobs(ROOT) if job != "import"]
+RAY_JOBS = [job for job in jobs(ROOT) if job not in ("import", "embedded")]
 
 
 @pytest.mark.parametrize("job", RAY_JOBS)
@@ -83,6 +83,18 @@ def test_the_import_job_runs_a_command_that_there_is(rendered: Rendered) -> None
     name, values = parsed(command)
     assert name == "import llava"
     assert values["name"] == "assistant"
+
+
+def test_the_embedded_job_runs_commands_that_there_are(rendered: Rendered) -> None:
+    """It ends with the bundle that the service starts from."""
+    command = one(rendered("jobs/embedded"), "Job")["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert command[:2] == ["/bin/bash", "-ec"]
+    recipes = []
+    for line in command[2].splitlines():
+        name, values = parsed(as_run(line, {}))
+        assert name == "train"
+        recipes.append(load_recipe(str(values["recipe"]), parse_overrides(list(values.get("overrides") or []))).name)
+    assert recipes == ["embedded-clip", "assistant"]
 
 
 def test_an_option_that_is_not_there_is_noticed() -> None:
