@@ -5,6 +5,7 @@ on top of it, in the order of `COMPONENTS`. Does not know what manifests say.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -129,7 +130,7 @@ def render(target: Target) -> list[Manifest]:
 def render_text(target: Target) -> str:
     """`render`, as one YAML stream."""
     if not (target.components or target.registry or target.tag):
-        return _kustomize(target.folder)
+        return _kustomize(target.folder, str(target.folder))
     with tempfile.TemporaryDirectory() as folder:  # kustomize wants relative paths, which may lead anywhere
         top = Path(folder).resolve()
 
@@ -151,15 +152,17 @@ def render_text(target: Target) -> str:
                 for name in names
             ]
         (top / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        return _kustomize(top)
+        return _kustomize(top, f"{target.folder} with {', '.join(target.components) or 'images'}")
 
 
-def _kustomize(folder: Path) -> str:
+def _kustomize(folder: Path, name: str) -> str:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise EnvironmentLack("kubectl is not installed, and its kustomize renders the manifests: install kubectl 1.30")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        raise ConfigError(f"{folder}: kustomize cannot build it: {said.removeprefix('error: ')}")
+        inner = re.search(r'"command failed" err=(?:<\s*(.*)>|"(.*)")\s*$', done.stderr, re.DOTALL)
+        told = (inner[1] or inner[2]) if inner else done.stderr
+        said = " ".join(told.split()).removeprefix("error: ") or f"exit code {done.returncode}"
+        raise ConfigError(f"{name}: kustomize cannot build it: {said}")
     return done.stdout

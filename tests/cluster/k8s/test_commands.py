@@ -1,0 +1,109 @@
+"""`mmllm k8s` as it is typed: what it prints, where, and with which exit code."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.k8s.manifests import read_manifests
+from mmllm_core.errors import ConfigError
+from tests.cluster.k8s.conftest import ROOT, Rendered
+
+
+def mmllm(*arguments: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run `mmllm k8s`; paths are relative to `cwd`."""
+    command = [sys.executable, "-m", "cluster.cli", "k8s", *arguments]
+    told = os.environ | {"PYTHONPATH": str(ROOT.parent), "MMLLM_KUBERAY_CRDS": ""} | environment
+    return subprocess.run(command, cwd=cwd, env=told, capture_output=True, text=True, check=False, timeout=120)
+
+
+@pytest.fixture
+def own(tmp_path: Path, rendered: Rendered) -> Path:
+    """An overlay of a user's own, which builds on one of these."""
+    folder = tmp_path / "my-cluster"
+    folder.mkdir()
+    here = os.path.relpath(ROOT, folder.resolve())
+    kustomization = {
+        "resources": [f"{here}/overlays/prod-gpu"],
+        "components": [f"{here}/components/s3-storage"],
+        "patches": [
+            {
+                "target": {"kind": "HTTPRoute"},
+                "patch": yaml.safe_dump([{"op": "replace", "path": "/spec/hostnames", "value": ["my.org"]}]),
+            }
+        ],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return folder
+
+
+def one_line(done: "subprocess.CompletedProcess[str]") -> str:
+    """The one line of a foreseen error."""
+    assert done.returncode == 1
+    assert done.stdout == ""
+    [line] = done.stderr.strip().splitlines()
+    assert line.startswith("mmllm: ")
+    return line
+
+
+def test_an_overlay_of_ones_own_is_validated_rendered_and_compared(own: Path) -> None:
+    done = mmllm("validate", own.name, cwd=own.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "my-cluster: 33 objects, nothing wrong" in done.stdout
+    assert "helm show crds kuberay/kuberay-operator --version 1.7.0" in done.stdout  # its schemas were not there
+    rendering = mmllm("render", own.name, "--registry", "r.example.com/m", "--tag", "9.9.9", cwd=own.parent)
+    assert rendering.returncode == 0
+    assert "r.example.com/m/text:9.9.9" in rendering.stdout
+    assert "registry.invalid" not in rendering.stdout
+    changed = mmllm("diff", own.name, "prod-gpu", cwd=own.parent)
+    assert changed.returncode == 1
+    lines = changed.stdout.splitlines()
+    assert "-  - mmllm.example.com" in lines
+    assert "+  - my.org" in lines
+    (own / "before.yaml").write_text(mmllm("render", own.name, cwd=own.parent).stdout)
+    same = mmllm("diff", own.name, str(own / "before.yaml"), cwd=own.parent)
+    assert (same.returncode, same.stdout) == (0, "")
+
+
+def test_what_is_wrong_is_told_and_fails(own: Path, crds: Path) -> None:
+    kustomization = yaml.safe_load((own / "kustomization.yaml").read_text())
+    fault = {"op": "replace", "path": "/spec/rayClusterConfig/workerGroupSpecs/1/resources", "value": {"vison": "1"}}
+    kustomization["patches"].append({"target": {"kind": "RayService"}, "patch": yaml.safe_dump([fault])})
+    (own / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    done = mmllm("validate", own.name, "--crds", str(crds), cwd=own.parent)
+    assert done.returncode == 1
+    found = [line for line in done.stdout.splitlines() if line.startswith("my-cluster: RayService/mmllm")]
+    assert any("workerGroupSpecs[1] (vision): custom resources are {'vison': '1'}" in line for line in found)
+    assert "KubeRay 1.7.0's" in done.stdout
+
+
+def test_bad_input_is_one_line_each(own: Path) -> None:
+    unknown = one_line(mmllm("render", "prod", cwd=own))
+    assert "k8s target 'prod' is unknown: choose one of dev-cpu, prod-gpu, staging, jobs/align" in unknown
+    assert "or a folder with a kustomization.yaml" in unknown
+    (own / "kustomization.yaml").write_text("resource: [x.yaml]\n")
+    assert "my-cluster: kustomize cannot build it" in one_line(mmllm("validate", "my-cluster", cwd=own.parent))
+    assert "nothing.yaml: cannot be read: No such file" in one_line(mmllm("diff", "prod-gpu", "nothing.yaml", cwd=own))
+    assert "--crds nowhere: cannot be read" in one_line(mmllm("validate", "dev-cpu", "--crds", "nowhere", cwd=own))
+    assert "no overlays in nowhere" in one_line(mmllm("validate", "--folder", "nowhere", cwd=own))
+
+
+def test_without_kubectl_it_says_what_to_install(tmp_path: Path) -> None:
+    said = one_line(mmllm("render", "dev-cpu", cwd=tmp_path, PATH=str(tmp_path)))
+    assert "kubectl is not installed" in said
+    assert "install kubectl 1.30" in said
+
+
+def test_without_a_cluster_a_comparison_says_so(rendered: Rendered, tmp_path: Path) -> None:
+    done = mmllm("diff", "dev-cpu", cwd=tmp_path, KUBECONFIG=str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert "kubectl cannot compare with a cluster" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("text", "said"), [("a: [", "not valid YAML"), ("a: 1", "document 0 lacks apiVersion")])
+def test_what_is_no_manifest_is_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_manifests(text, "f.yaml")
