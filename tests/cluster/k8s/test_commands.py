@@ -7,22 +7,32 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner, Result
 
 from cluster.k8s.manifests import read_manifests
-from mmllm_core.errors import ConfigError
+from cluster.k8s_commands import k8s_app
+from mmllm_core.errors import ConfigError, MmllmError
 from tests.cluster.k8s.conftest import ROOT, Rendered
 
 
-def mmllm(*arguments: str, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run `mmllm k8s`; paths are relative to `cwd`."""
-    command = [sys.executable, "-m", "cluster.cli", "k8s", *arguments]
-    told = os.environ | {"PYTHONPATH": str(ROOT.parent), "MMLLM_KUBERAY_CRDS": ""} | environment
-    return subprocess.run(command, cwd=cwd, env=told, capture_output=True, text=True, check=False, timeout=120)
+def mmllm(*arguments: str) -> Result:
+    """Run `mmllm k8s` in this process; paths are relative to the working directory."""
+    return CliRunner().invoke(k8s_app, list(arguments))
+
+
+def one_line(result: Result) -> str:
+    """What is said of a foreseen error, which the command prints as one line."""
+    assert isinstance(result.exception, MmllmError), result.output
+    assert result.output == ""
+    assert "\n" not in str(result.exception)
+    return str(result.exception)
 
 
 @pytest.fixture
-def own(tmp_path: Path, rendered: Rendered) -> Path:
-    """An overlay of a user's own, which builds on one of these."""
+def own(tmp_path: Path, rendered: Rendered, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An overlay of a user's own in the working directory, which builds on one of these."""
+    monkeypatch.delenv("MMLLM_KUBERAY_CRDS", raising=False)
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "my-cluster"
     folder.mkdir()
     here = os.path.relpath(ROOT, folder.resolve())
@@ -40,32 +50,23 @@ def own(tmp_path: Path, rendered: Rendered) -> Path:
     return folder
 
 
-def one_line(done: "subprocess.CompletedProcess[str]") -> str:
-    """The one line of a foreseen error."""
-    assert done.returncode == 1
-    assert done.stdout == ""
-    [line] = done.stderr.strip().splitlines()
-    assert line.startswith("mmllm: ")
-    return line
-
-
 def test_an_overlay_of_ones_own_is_validated_rendered_and_compared(own: Path) -> None:
-    done = mmllm("validate", own.name, cwd=own.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = mmllm("validate", own.name)
+    assert done.exit_code == 0, done.output
     assert "my-cluster: 33 objects, nothing wrong" in done.stdout
     assert "helm show crds kuberay/kuberay-operator --version 1.7.0" in done.stdout  # its schemas were not there
-    rendering = mmllm("render", own.name, "--registry", "r.example.com/m", "--tag", "9.9.9", cwd=own.parent)
-    assert rendering.returncode == 0
+    rendering = mmllm("render", own.name, "--registry", "r.example.com/m", "--tag", "9.9.9")
+    assert rendering.exit_code == 0
     assert "r.example.com/m/text:9.9.9" in rendering.stdout
     assert "registry.invalid" not in rendering.stdout
-    changed = mmllm("diff", own.name, "prod-gpu", cwd=own.parent)
-    assert changed.returncode == 1
+    changed = mmllm("diff", own.name, "prod-gpu")
+    assert changed.exit_code == 1
     lines = changed.stdout.splitlines()
     assert "-  - mmllm.example.com" in lines
     assert "+  - my.org" in lines
-    (own / "before.yaml").write_text(mmllm("render", own.name, cwd=own.parent).stdout)
-    same = mmllm("diff", own.name, str(own / "before.yaml"), cwd=own.parent)
-    assert (same.returncode, same.stdout) == (0, "")
+    (own / "before.yaml").write_text(mmllm("render", own.name).stdout)
+    same = mmllm("diff", own.name, str(own / "before.yaml"))
+    assert (same.exit_code, same.stdout) == (0, "")
 
 
 def test_what_is_wrong_is_told_and_fails(own: Path, crds: Path) -> None:
@@ -73,34 +74,39 @@ def test_what_is_wrong_is_told_and_fails(own: Path, crds: Path) -> None:
     fault = {"op": "replace", "path": "/spec/rayClusterConfig/workerGroupSpecs/1/resources", "value": {"vison": "1"}}
     kustomization["patches"].append({"target": {"kind": "RayService"}, "patch": yaml.safe_dump([fault])})
     (own / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-    done = mmllm("validate", own.name, "--crds", str(crds), cwd=own.parent)
-    assert done.returncode == 1
+    done = mmllm("validate", own.name, "--crds", str(crds))
+    assert done.exit_code == 1
     found = [line for line in done.stdout.splitlines() if line.startswith("my-cluster: RayService/mmllm")]
     assert any("workerGroupSpecs[1] (vision): custom resources are {'vison': '1'}" in line for line in found)
     assert "KubeRay 1.7.0's" in done.stdout
 
 
 def test_bad_input_is_one_line_each(own: Path) -> None:
-    unknown = one_line(mmllm("render", "prod", cwd=own))
+    unknown = one_line(mmllm("render", "prod"))
     assert "k8s target 'prod' is unknown: choose one of dev-cpu, prod-gpu, staging, jobs/align" in unknown
     assert "or a folder with a kustomization.yaml" in unknown
     (own / "kustomization.yaml").write_text("resource: [x.yaml]\n")
-    assert "my-cluster: kustomize cannot build it" in one_line(mmllm("validate", "my-cluster", cwd=own.parent))
-    assert "nothing.yaml: cannot be read: No such file" in one_line(mmllm("diff", "prod-gpu", "nothing.yaml", cwd=own))
-    assert "--crds nowhere: cannot be read" in one_line(mmllm("validate", "dev-cpu", "--crds", "nowhere", cwd=own))
-    assert "no overlays in nowhere" in one_line(mmllm("validate", "--folder", "nowhere", cwd=own))
+    assert "my-cluster: kustomize cannot build it" in one_line(mmllm("validate", own.name))
+    assert "nothing.yaml: cannot be read: No such file" in one_line(mmllm("diff", "prod-gpu", "nothing.yaml"))
+    assert "--crds nowhere: cannot be read" in one_line(mmllm("validate", "dev-cpu", "--crds", "nowhere"))
+    assert "no overlays in nowhere" in one_line(mmllm("validate", "--folder", "nowhere"))
 
 
-def test_without_kubectl_it_says_what_to_install(tmp_path: Path) -> None:
-    said = one_line(mmllm("render", "dev-cpu", cwd=tmp_path, PATH=str(tmp_path)))
-    assert "kubectl is not installed" in said
-    assert "install kubectl 1.30" in said
+def test_without_kubectl_it_says_what_to_install_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "k8s", "render", "dev-cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent), "PATH": str(tmp_path), "COLUMNS": "60"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("mmllm: kubectl is not installed")
+    assert done.stderr.endswith("install kubectl 1.30\n")
+    assert len(done.stderr.splitlines()) == 1
 
 
-def test_without_a_cluster_a_comparison_says_so(rendered: Rendered, tmp_path: Path) -> None:
-    done = mmllm("diff", "dev-cpu", cwd=tmp_path, KUBECONFIG=str(tmp_path / "none"))
-    assert done.returncode == 1
-    assert "kubectl cannot compare with a cluster" in done.stderr.splitlines()[-1]
+def test_without_a_cluster_a_comparison_says_so(
+    rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert "kubectl cannot compare with a cluster" in one_line(mmllm("diff", "dev-cpu"))
 
 
 @pytest.mark.parametrize(("text", "said"), [("a: [", "not valid YAML"), ("a: 1", "document 0 lacks apiVersion")])
