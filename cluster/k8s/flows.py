@@ -10,6 +10,8 @@ from cluster.k8s.pods import NAMESPACE
 GCS, RAYLET, DASHBOARD, CLIENT, SERVE, METRICS = 6379, 6380, 8265, 10001, 8000, 8080
 WORKERS, AGENT = (10002, 10999), 52365
 REPLICAS = ("ingress", "vision", "audio", "text")
+BATCH = ("import", "embedded", "data")
+"""Components of jobs without a cluster."""
 
 _OPERATOR = Peer("operator", "kuberay-system", {"app.kubernetes.io/name": "kuberay-operator"}, "10.1.0.2")
 _DNS = Peer("DNS", "kube-system", {"k8s-app": "kube-dns"}, "10.1.0.3")
@@ -85,11 +87,11 @@ def _from_outside(pods: dict[str, Peer]) -> Iterator[Flow]:
         yield Flow(_PROMETHEUS, peer, DASHBOARD, False)
 
 
-def _out_of(peer: Peer, *, scales: bool) -> Iterator[Flow]:
+def _out_of(peer: Peer, *, scales: bool, plain_http: bool = False) -> Iterator[Flow]:
     yield Flow(peer, _DNS, 53, True, "UDP")
     yield Flow(peer, _DNS, 53, True)
     yield Flow(peer, _OBJECT_STORE, 443, True)
-    yield Flow(peer, _OBJECT_STORE, 80, False)
+    yield Flow(peer, _OBJECT_STORE, 80, plain_http)
     yield Flow(peer, _METADATA, 80, False)
     yield Flow(peer, _METADATA, 443, False)
     yield Flow(peer, _API_SERVER, 443, scales)
@@ -115,6 +117,13 @@ def _around(pods: dict[tuple[str, str], Peer], manifests: list[Manifest]) -> Ite
                 yield Flow(submitter, peer, GCS, False)
                 yield Flow(submitter, peer, WORKERS[0], False)
         yield Flow(submitter, _API_SERVER, 443, False)
+    for (instance, component), peer in pods.items():
+        if not instance and component in BATCH:
+            yield from _out_of(peer, scales=False, plain_http=component == "data")
+            yield Flow(_STRANGER, peer, SERVE, False)
+            for head in (other for (_, name), other in pods.items() if name == "head"):
+                yield Flow(peer, head, GCS, False)
+                yield Flow(peer, head, DASHBOARD, False)
     if of_kind(manifests, "NetworkPolicy"):
         yield Flow(_UNLABELLED, _OBJECT_STORE, 443, False)
         yield Flow(_UNLABELLED, _DNS, 53, False, "UDP")

@@ -53,7 +53,7 @@ def _entrypoint(manifests: list[Manifest]) -> str:
     return str(one(manifests, "RayJob")["spec"]["entrypoint"])
 
 
-RAY_JOBS = [job for job in jobs(ROOT) if job not in ("import", "embedded")]
+RAY_JOBS = [job for job in jobs(ROOT) if job not in ("import", "embedded", "data")]
 
 
 @pytest.mark.parametrize("job", RAY_JOBS)
@@ -83,6 +83,15 @@ def test_the_import_job_runs_a_command_that_there_is(rendered: Rendered) -> None
     name, values = parsed(command)
     assert name == "import llava"
     assert values["name"] == "assistant"
+
+
+def test_the_data_job_fetches_what_the_recipes_read(rendered: Rendered) -> None:
+    command = one(rendered("jobs/data"), "Job")["spec"]["template"]["spec"]["containers"][0]["command"]
+    fetched = [parsed(as_run(line, {}))[1]["dataset"] for line in command[2].splitlines()]
+    for job in ("align", "instruct"):
+        _, values = parsed(as_run(_entrypoint(rendered(f"jobs/{job}")), {}))
+        [source] = load_recipe(str(values["recipe"])).data.sources
+        assert source.file.parent.name in fetched
 
 
 def test_the_embedded_job_runs_commands_that_there_are(rendered: Rendered) -> None:
