@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 from rich.console import Console
 
 from mmllm_core.errors import ConfigError, EnvironmentLack
@@ -28,11 +29,25 @@ Tag = Annotated[str | None, typer.Option(help="Of the images; this version's if 
 
 
 @k8s_app.command()
-def render(name: Name, with_: With = None, folder: Folder = None, registry: Registry = None, tag: Tag = None) -> None:
+def render(
+    name: Name,
+    with_: With = None,
+    folder: Folder = None,
+    registry: Registry = None,
+    tag: Tag = None,
+    ground: Annotated[
+        bool, typer.Option("--ground", help="All but Ray's clusters: what jobs want that make the first bundle.")
+    ] = False,
+) -> None:
     """Print the manifests of TARGET: `mmllm k8s render prod-gpu --registry ... | kubectl apply --server-side -f -`."""
+    from cluster.k8s.manifests import CLUSTER_AT, read_manifests
     from cluster.k8s.render import render_text
 
-    print(render_text(_target(name, with_, folder, registry, tag)), end="")
+    text = render_text(_target(name, with_, folder, registry, tag))
+    if ground:
+        kept = [m for m in read_manifests(text, name) if m["kind"] not in CLUSTER_AT]
+        text = yaml.safe_dump_all(kept, width=10_000)
+    print(text, end="")
 
 
 @k8s_app.command()

@@ -119,8 +119,12 @@ def _is_quoted_json(text: str) -> bool:
 def _service(manifest: Manifest) -> Iterator[str]:
     spec = manifest["spec"]
     annotations = manifest["metadata"].get("annotations") or {}
-    if not _DURATION.fullmatch(str(annotations.get("ray.io/initializing-timeout", ""))):
-        yield "annotation ray.io/initializing-timeout is no duration such as 30m: a cluster that fails is kept for ever"
+    timeout = str(annotations.get("ray.io/initializing-timeout", ""))
+    if not _DURATION.fullmatch(timeout) or not re.search("[1-9]", timeout):
+        yield "annotation ray.io/initializing-timeout is no duration such as 30m: a first start that fails is tried for ever"
+    for name in ("serviceUnhealthySecondThreshold", "deploymentUnhealthySecondThreshold"):
+        if name in spec:
+            yield f"{name} is read by KubeRay no more: leave it out"
     upgrade = spec.get("upgradeStrategy") or {}
     kinds = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
     if upgrade.get("type") not in (None, *kinds):

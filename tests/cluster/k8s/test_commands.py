@@ -69,6 +69,14 @@ def test_an_overlay_of_ones_own_is_validated_rendered_and_compared(own: Path) ->
     assert (same.exit_code, same.stdout) == (0, "")
 
 
+def test_the_ground_is_all_but_rays_clusters(rendered: Rendered) -> None:
+    done = mmllm("render", "dev-cpu", "--ground")
+    assert done.exit_code == 0
+    ground, whole = read_manifests(done.stdout, "ground"), rendered("dev-cpu")
+    assert ground == [each for each in whole if not each["apiVersion"].startswith("ray.io/")]
+    assert {each["kind"] for each in whole} - {each["kind"] for each in ground} == {"RayService", "RayCluster"}
+
+
 def test_what_is_wrong_is_told_and_fails(own: Path, crds: Path) -> None:
     kustomization = yaml.safe_load((own / "kustomization.yaml").read_text())
     fault = {"op": "replace", "path": "/spec/rayClusterConfig/workerGroupSpecs/1/resources", "value": {"vison": "1"}}

@@ -139,6 +139,19 @@ def test_an_upgrade_by_steps_that_cannot_go_on_is_told(rendered: Rendered, optio
     assert said in "\n".join(str(finding) for finding in kuberay_findings([service]))
 
 
+@pytest.mark.parametrize("timeout", ["", "soon", "0", "0m", "30 m"])
+def test_a_first_start_without_an_end_is_told(rendered: Rendered, timeout: str) -> None:
+    service = one(rendered("dev-cpu"), "RayService")
+    service["metadata"]["annotations"]["ray.io/initializing-timeout"] = timeout
+    assert "initializing-timeout" in str(kuberay_findings([service])[0])
+
+
+def test_a_setting_that_kuberay_reads_no_more_is_told(rendered: Rendered) -> None:
+    service = one(rendered("dev-cpu"), "RayService")
+    service["spec"]["serviceUnhealthySecondThreshold"] = 900
+    assert "serviceUnhealthySecondThreshold is read by KubeRay no more" in str(kuberay_findings([service]))
+
+
 def test_defaults_of_the_schemas_are_filled_in(crds: Any, rendered: Rendered) -> None:
     """As the API server does it before it validates: what a manifest leaves out may be required."""
     service = one(rendered("dev-cpu"), "RayService")
