@@ -121,7 +121,7 @@ def _service(manifest: Manifest) -> Iterator[str]:
     annotations = manifest["metadata"].get("annotations") or {}
     timeout = str(annotations.get("ray.io/initializing-timeout", ""))
     if not _DURATION.fullmatch(timeout) or not re.search("[1-9]", timeout):
-        yield "annotation ray.io/initializing-timeout is no duration such as 30m: a first start that fails goes on for ever"
+        yield "annotation ray.io/initializing-timeout is no duration such as 30m: a failed start goes on for ever"
     for name in ("serviceUnhealthySecondThreshold", "deploymentUnhealthySecondThreshold"):
         if name in spec:
             yield f"{name} is read by KubeRay no more: leave it out"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cluster.k8s.manifests import Finding, Manifest, PodTemplate, of_kind, pod_templates, title
+from cluster.k8s.network import selects
 
 NAMESPACE = "mmllm"
 SECRETS = {"mmllm-ray-token", "mmllm-api-keys", "mmllm-redis", "mmllm-s3", "mmllm-tls"}
@@ -37,7 +38,21 @@ def pod_findings(manifests: list[Manifest], context: list[Manifest]) -> list[Fin
             found += [Finding(pod.where, said) for said in _ray_container(pod)]
         if pod.node == "head":
             found += [Finding(pod.where, said) for said in _head(pod)]
-    return found + [finding for manifest in manifests for finding in _object(manifest)]
+    found += [finding for manifest in manifests for finding in _object(manifest)]
+    running = [pod.labels_when_it_runs for pod in pod_templates(there)]
+    return found + [finding for manifest in manifests for finding in _selector(manifest, running)]
+
+
+def _selector(manifest: Manifest, running: list[dict[str, str]]) -> Iterator[Finding]:
+    spec = manifest.get("spec") or {}
+    if manifest["kind"] == "Service":
+        selector = {"matchLabels": spec.get("selector") or {}}
+    elif manifest["kind"] in ("PodDisruptionBudget", "PodMonitor"):
+        selector = spec.get("selector") or {}
+    else:
+        return
+    if not any(selects(selector, labels) for labels in running):
+        yield Finding(title(manifest), f"selects none of our pods: {selector}")
 
 
 def _object(manifest: Manifest) -> Iterator[Finding]:

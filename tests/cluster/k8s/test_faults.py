@@ -193,6 +193,13 @@ OF_THE_SERVICE = [
         "mmllm-worker",
     ),
     # what opens it
+    Fault(
+        "a budget of nobody's",
+        "PodDisruptionBudget",
+        _set("spec.selector.matchLabels", {"app": "text"}),
+        "selects none of our pods",
+        "mmllm-text",
+    ),
     Fault("a load balancer", "Service", _set("spec.type", "LoadBalancer"), "type LoadBalancer", "mmllm-redis"),
     Fault("the dashboard outside", "RayService", _set(f"{HEAD}.serviceType", "NodePort"), "serviceType NodePort"),
     Fault("everything let in", "NetworkPolicy", _set("spec.ingress", [{}]), "is let through", "ray-serving"),
