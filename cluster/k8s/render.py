@@ -48,7 +48,7 @@ class Target:
 def default_root() -> Path:
     """The folder `k8s` of this checkout, or below the working directory."""
     beside = Path(__file__).resolve().parents[2] / "k8s"
-    return beside if beside.is_dir() else Path("k8s")
+    return beside if (beside / "overlays").is_dir() else Path("k8s")  # some package may be called so too
 
 
 def overlays(root: Path) -> list[str]:

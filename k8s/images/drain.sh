@@ -4,7 +4,7 @@
 set -u
 limit=${1:?seconds to wait at most}
 # Named, for without a name Ray takes the node that a new driver would join, which may be another: even the head.
-node=$(ps -eo args= | grep -oE -m1 -- '--node[-_]id=[0-9a-f]{56}' | cut -d= -f2)
+node=$(ps -eo args= | grep -oE -- '--node[-_]id=[0-9a-f]{56}' | head -n 1 | cut -d= -f2)
 if [[ -z $node ]]; then
   echo "drain.sh: no Ray node runs in this pod: there is nothing to drain" >&2
   exit 0
