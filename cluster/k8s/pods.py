@@ -3,6 +3,7 @@
 Knows nothing of modalities (`cluster.k8s.agreement`) or of KubeRay's rules (`cluster.k8s.kuberay`).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -195,6 +196,28 @@ def _ray_container(pod: PodTemplate) -> Iterator[str]:
     writable = {m["mountPath"] for m in first.get("volumeMounts") or [] if not m.get("readOnly")}
     if lacking := sorted({"/tmp", "/tmp/ray", "/dev/shm"} - writable):
         yield f"nothing is mounted at {lacking[0]}, where Ray writes, and the root is read-only"
+        return
+    volumes = {volume["name"]: volume for volume in pod.spec.get("volumes") or []}
+    name = next(m["name"] for m in first["volumeMounts"] if m["mountPath"] == "/dev/shm")
+    room = quantity(((volumes.get(name) or {}).get("emptyDir") or {}).get("sizeLimit", "0"))
+    said = str(((pod.group or {}).get("rayStartParams") or {}).get("object-store-memory", "0"))
+    store = int(said) if said.isdigit() else 0
+    if not 0 < store < room:
+        yield (
+            f"rayStartParams.object-store-memory {store or 'is not set and'} does not fit into the {room:.0f} bytes of "
+            "/dev/shm: Ray would keep its objects on disk"
+        )
+    if room >= quantity(((first.get("resources") or {}).get("limits") or {}).get("memory", "0")):
+        yield "/dev/shm is as large as the pod's memory, of which it is a part"
+
+
+def quantity(text: str) -> float:
+    """Bytes of an amount of memory as Kubernetes writes it, such as `4Gi`, `500M` or `1000`."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([KMGT])(i?))?", text)
+    if number is None:
+        return math.nan
+    power = "KMGT".index(number[2]) + 1 if number[2] else 0
+    return float(number[1]) * (1024 if number[3] else 1000) ** power
 
 
 def _head(pod: PodTemplate) -> Iterator[str]:

@@ -18,9 +18,10 @@ from ray.autoscaler.v2.schema import AutoscalerInstance
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import NodeState, NodeStatus, ResourceRequest
 from ray.core.generated.instance_manager_pb2 import Instance
+from ray.scripts.scripts import start as ray_start
 
 from cluster.k8s.agreement import read_serve_config
-from cluster.k8s.manifests import Manifest
+from cluster.k8s.manifests import Manifest, pod_templates
 from cluster.modalities import ROLES
 from tests.cluster.k8s.conftest import Rendered, one
 
@@ -153,6 +154,15 @@ def test_every_replica_that_the_config_allows_finds_a_node(
     most = {group["groupName"]: group["maxReplicas"] for group in cluster_of(service)["spec"]["workerGroupSpecs"]}
     assert all(0 < count <= most[name] for name, count in launched(reply).items())
     assert launched(reply).keys() == most.keys()
+
+
+@pytest.mark.parametrize("target", ["prod-gpu", "jobs/instruct"])
+def test_ray_start_takes_what_its_pods_are_started_with(rendered: Rendered, target: str) -> None:
+    known = {name.removeprefix("--") for option in ray_start.params for name in option.opts}
+    for pod in pod_templates(rendered(target)):
+        for name, value in ((pod.group or {}).get("rayStartParams") or {}).items():
+            assert name in known
+            ray_start.make_context("start", [f"--{name}={value}"])  # a value of its type
 
 
 def test_a_misspelt_resource_is_infeasible_and_starts_nothing(rendered: Rendered) -> None:
