@@ -16,6 +16,7 @@ from cluster.data_commands import data
 from cluster.evaluate_command import evaluate
 from cluster.features_commands import features_app
 from cluster.interop_commands import export, importing
+from cluster.k8s_commands import k8s_app
 from cluster.keys_commands import keys_app, keys_file
 from cluster.local import Verbose, quieten
 from cluster.plan_command import plan_app
@@ -45,6 +46,7 @@ app.command()(train)
 app.command()(ui)
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(features_app, name="features")
+app.add_typer(k8s_app, name="k8s")
 app.add_typer(keys_app, name="keys")
 app.add_typer(plan_app, name="plan")
 app.add_typer(space_app, name="space")

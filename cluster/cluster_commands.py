@@ -7,13 +7,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.local import MODALITIES, Shape, running_ray
+from cluster.local import Shape, running_ray
 from cluster.local_cluster import hold, local_cluster, start, stop
+from cluster.modalities import RESOURCES
 from mmllm_core.errors import EnvironmentLack
 
 cluster_app = typer.Typer(help="A local Ray cluster of several nodes.", no_args_is_help=True)
 console = Console()
-COUNTED = ("CPU", "GPU", *MODALITIES)
+COUNTED = ("CPU", "GPU", *RESOURCES)
 
 
 @cluster_app.command()

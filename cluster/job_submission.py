@@ -140,7 +140,8 @@ def send(client: "JobSubmissionClient", job: Job, name: str | None = None) -> st
     ends = time.monotonic() + _READY_WITHIN_S
     while True:
         try:
-            return client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
+            submitted: str = client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
+            return submitted
         except (RuntimeError, ValueError, OSError) as error:
             if "No available agent" in str(error) and time.monotonic() < ends:
                 time.sleep(0.5)  # the cluster has only just started
@@ -208,7 +209,7 @@ def exit_code(details: "JobDetails") -> int:
         return 0
     if details.status == JobStatus.STOPPED:
         return STOPPED
-    code = details.driver_exit_code
+    code: int | None = details.driver_exit_code
     if code is None:  # it did not come to run, or nobody saw it end
         return 1
     return 128 - code if code < 0 else code

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cluster.modalities import RESOURCES
 from mmllm_core.errors import EnvironmentLack, MmllmError
 
-MODALITIES = ("text", "vision", "audio")
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -120,7 +120,7 @@ def frame(before: Look, now: Look) -> Frame:
                 rates[modality] / seconds,
                 cached.get(modality),
             )
-            for modality in MODALITIES
+            for modality in RESOURCES
         },
     )
 

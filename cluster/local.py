@@ -15,11 +15,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from cluster.modalities import RESOURCES
 from cluster.pins import PINS, require_pins
 from cluster.ray_record import find_running, recording, showing_token, token_is_named
 from mmllm_core.errors import EnvironmentLack
-
-MODALITIES = ("vision", "audio", "text")
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")]
 """The option of every command that starts a Ray of its own."""
@@ -93,7 +92,7 @@ def own_ray(shape: Shape, *, verbose: bool = False) -> Iterator[None]:
     from cluster.worker_nodes import worker_nodes
     from serve_apps.proxy import PROXY_ENVIRONMENT
 
-    resources = dict.fromkeys(MODALITIES, 8.0)
+    resources = dict.fromkeys(RESOURCES, 8.0)
     with ExitStack() as stack:
         os.environ.update(PROXY_ENVIRONMENT)
         # Ray asks for a token by default, and would share one of this user's in a file that others may read.

@@ -44,7 +44,7 @@ def plan_serve(
     from cluster.capacity.simulation import Shape
     from cluster.capacity.traces import parse_mix, trace_of
     from mmllm_core.config import parse_overrides
-    from serve_apps.builder import load_serve_config
+    from serve_apps.config_files import load_serve_config
 
     if not 0 < rps <= 1_000_000:
         raise ConfigError(

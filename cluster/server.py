@@ -8,7 +8,6 @@ from typing import Any
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import EnvironmentLack, MmllmError
-from mmllm_core.models.home import features_folder
 from serve_apps.config import ServeConfig
 
 PORT_MEND = "stop what listens there or give another with --port (make: PORT=8001)"
@@ -49,12 +48,9 @@ def local_config(name: str, port: int | None = None, overrides: dict[str, Any] |
     Raises:
         ConfigError: unknown name, unknown key, or settings that cannot work together.
     """
-    from serve_apps.config_files import load_serve_config
+    from serve_apps.config_files import load_serve_config, with_feature_store
 
-    config = load_serve_config(name, (overrides or {}) | ({"http.port": port} if port else {}))
-    if config.clip.feature_store is not None:
-        return config
-    return config.model_copy(update={"clip": config.clip.model_copy(update={"feature_store": features_folder()})})
+    return with_feature_store(load_serve_config(name, (overrides or {}) | ({"http.port": port} if port else {})))
 
 
 def require_devices(config: ServeConfig) -> None:

@@ -16,13 +16,12 @@ from ray.serve.schema import LoggingConfig
 
 import mmllm_core
 from mmllm_core.bundle import Bundle
-from mmllm_core.config import StrictModel
 from mmllm_core.errors import ConfigError
 from serve_apps.assistant_app import Assistant
 from serve_apps.autoscaling_config import RequestAutoscaling, WorkAutoscaling
 from serve_apps.clip_app import ClipDeployment
 from serve_apps.config import DeploymentConfig, PhiConfig, ServeConfig
-from serve_apps.config_files import load_serve_config
+from serve_apps.config_files import ServeArgs, with_feature_store
 from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
@@ -35,13 +34,6 @@ if TYPE_CHECKING:
 
 APP_NAME = "mmllm"
 INGRESS, CLIP, WHISPER, PHI = "Assistant", "ClipEncoder", "Transcriber", "PhiGenerator"
-
-
-class ServeArgs(StrictModel):
-    """Arguments of `app` in a Serve config file."""
-
-    config: str = "embedded"
-    bundle: Path
 
 
 def build(config: ServeConfig, bundle: Path, model: str | None = None) -> "Application":
@@ -112,8 +104,11 @@ def version_of(config: ServeConfig, base: Base, models: list[str]) -> str:
 
 
 def app(args: ServeArgs) -> "Application":
-    """`build` for a Serve config file: `import_path: serve_apps.builder:app`, `args: {config: ..., bundle: ...}`."""
-    return build(load_serve_config(args.config), args.bundle)
+    """`build` for a Serve config file: `import_path: serve_apps.builder:app`, `args: {config: ..., bundle: ...}`.
+
+    CLIP reads the feature store of the machine's settings (`MMLLM_FEATURES`), unless the config names another.
+    """
+    return build(with_feature_store(args.serve_config()), args.bundle)
 
 
 def logging_config(config: ObservabilityConfig) -> LoggingConfig:

@@ -5,9 +5,9 @@ In: arrivals of a tick. Out: how long some of them wait for a first token, and w
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.capacity.lanes import Callers, Floats, Lanes, Told, hidden_wait, route
 
@@ -98,7 +98,7 @@ class DecodeLanes:
         self.busy = float((began.mean() + (self.decoding + self.reading > 0).mean()) / 2) if len(load) else 0.0
         return going
 
-    def step_of(self, decoding: float | NDArray) -> Floats:
+    def step_of(self, decoding: float | NDArray[Any]) -> Floats:
         """Seconds of a step in which so many answers are told."""
         return self.step_s + self.answer_s * np.asarray(decoding, float)
 

@@ -54,7 +54,8 @@ def hidden_wait(rate: Floats, seconds: Floats | float, tick_s: float) -> Floats:
     settles = seconds / (1 - np.sqrt(busy)) ** 2
     share = np.where(settles > 0, -np.expm1(-tick_s / np.maximum(settles, 1e-12)), 0.0)
     # A tick shorter than a request is told in full by the backlog.
-    return share * _hidden_share(tick_s, seconds) * busy * seconds / (2 * (1 - busy))
+    waits: Floats = share * _hidden_share(tick_s, seconds) * busy * seconds / (2 * (1 - busy))
+    return waits
 
 
 def _hidden_share(tick_s: float, seconds: Floats | float) -> Floats | float:

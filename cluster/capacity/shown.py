@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -57,13 +58,14 @@ def print_answers(parts: Answer, whole: Answer, packed: Answer) -> None:
         kind = "CPUs" if name == CPU else f"{name}s" if name == "GPU" else f"{name} GPUs"
         table.add_row(f"{kind} at the peak", *(f"{math.ceil(one.peak.get(name, 0) - 1e-9):,}" for one in answers))
         table.add_row(f"{kind}, mean", *(f"{one.hours.get(name, 0) / trace.seconds * 3600:,.1f}" for one in answers))
-    for label, told in (
+    rows: tuple[tuple[str, Callable[[Answer], str]], ...] = (
         ("dollars an hour, mean", lambda one: _dollars(one.dollars_per_hour)),
         ("first token, p50", lambda one: _seconds(one.outcome.ttft(0.5))),
         ("first token, p95", lambda one: _seconds(one.outcome.ttft(PROMISED))),
         ("refused (429)", lambda one: f"{one.outcome.refused / max(1, one.outcome.arrived):.2%}"),
         ("of the config's targets", lambda one: _shares(one.target_shares)),
-    ):
+    )
+    for label, told in rows:
         table.add_row(label, *(told(one) for one in answers))
     if question.ttft_s is not None:
         label = f"{PROMISED:.0%} within {question.ttft_s:g} s"

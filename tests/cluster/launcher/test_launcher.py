@@ -10,7 +10,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 import cluster
-from cluster.local import MODALITIES
+from cluster.modalities import RESOURCES
 from serve_apps.config_files import load_serve_config
 from serve_apps.proxy import PROXY_ENVIRONMENT
 
@@ -61,6 +61,6 @@ def test_each_deployment_has_nodes_of_its_own_kind_and_the_head_has_none(name: s
         asked = {"CPU": options.num_cpus, "GPU": options.num_gpus, **options.resources}
         fitting = [kind for kind, has in types.items() if all(has.get(key, 0) >= n for key, n in asked.items())]
         assert modality in fitting
-        if modality in MODALITIES:
+        if modality in RESOURCES:
             assert fitting == [modality]
         assert "head" not in fitting

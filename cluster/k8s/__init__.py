@@ -1,0 +1,1 @@
+"""The manifests under `k8s/`: rendered, checked and compared without a cluster."""
