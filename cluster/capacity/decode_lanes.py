@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.capacity.lanes import Callers, Floats, Lanes, Told, hidden_wait, route
 
