@@ -14,8 +14,8 @@ class LineMedia:
     """Joins the media of a step's sequences; keys and values are kept while the same sequences follow one another."""
 
     def __init__(self) -> None:
-        self._members: "list[Media]" = []
-        self._joined: "Media | None" = None
+        self._members: list[Media] = []
+        self._joined: Media | None = None
 
     def of(self, parts: "Sequence[tuple[Media | None, int, int]]") -> "Media | None":
         """Media of a line, or None where no sequence has any.
