@@ -18,8 +18,6 @@ from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "tests" / "bench" / "results"
-RAW = KEPT / "raw"
-"""What benches printed, whole, and their logs; git ignores it."""
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "deepspeed", "faster-whisper", "vllm")
 Mode = Literal["quick", "full", "earlier"]
 """How a bench was run; `earlier` figures were taken from the README, with the machine as it names it."""

@@ -105,7 +105,7 @@ class Bench:
     """That it takes on two cores, quick and full: guesses for the bar, and for what still fits."""
     figures: tuple[Figure, ...]
     quick: tuple[str, ...] | None = ()
-    """Arguments in quick mode; None leaves it out. `{home}`, `{bundle}`, `{docs}` and `{vllm}` stand for paths."""
+    """Arguments in quick mode; None leaves it out. `{home}`, `{bundle}`, `{plots}` and `{vllm}` stand for paths."""
     full: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     if_there: Mapping[str, tuple[str, ...]] | None = None

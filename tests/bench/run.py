@@ -1,6 +1,6 @@
 """`make bench`: every bench that this machine can run, one after another, and `RESULTS.md` of what they found.
 
-    python -m tests.bench.run [--full] [--only NAME ...] [--minutes 20] [--render-only]
+    python -m tests.bench.run [--full] [--only NAME ...] [--minutes 20] [--into FOLDER] [--render-only]
 
 Quick mode ends within `--minutes`: what does not fit is left out, and says so. Benches share a home of their own
 (`$MMLLM_BENCH_HOME`, by default `bench` in mmllm's), in which the demo makes the bundle that some need. Each is a
@@ -28,7 +28,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from mmllm_core.models.home import home
 from tests.bench.records import (
     KEPT,
-    RAW,
     ROOT,
     Record,
     at_path,
@@ -44,7 +43,8 @@ from tests.bench.registry import Bench, benches, by_name
 from tests.bench.results_page import BUSY, Outcome, render
 
 PAGE = ROOT / "RESULTS.md"
-ENDINGS = KEPT / "endings.json"
+PLOTS = ROOT / "docs"
+ENDINGS = "endings.json"
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 PATIENCE = {"quick": 3.0, "full": 6.0}
 """How many times as long as expected a bench may take: a machine without bfloat16 instructions needs three times."""
@@ -58,11 +58,25 @@ class Run:
         mode: quick or full.
         minutes: that all may take; None for as long as it takes.
         folder: mmllm's home for the benches.
+        kept: where records and, below `raw`, outputs go.
+        page: what is written of them.
+        plots: where pictures go.
     """
 
-    def __init__(self, mode: str, minutes: float | None, folder: Path):
+    def __init__(
+        self,
+        mode: str,
+        minutes: float | None,
+        folder: Path,
+        kept: Path = KEPT,
+        page: Path = PAGE,
+        plots: Path = PLOTS,
+    ):
         self.mode = mode
         self.folder = folder
+        self.kept = kept
+        self.page = page
+        self.plots = plots
         self.ends = time.monotonic() + (minutes * 60 if minutes else float("inf"))
         self.outcomes: dict[str, Outcome] = {}
         self._commit = commit()
@@ -120,7 +134,7 @@ class Run:
             f"[{colour}]{outcome.status:9}[/{colour}] {bench.name:16} {time.monotonic() - began:5.0f} s{why}",
             highlight=False,
         )
-        write_page(self.outcomes)
+        write_page(self.outcomes, self.kept, self.page)
 
     def _measure(self, bench: Bench, progress: Progress) -> Outcome:
         def ended(status: str, reason: str = "") -> Outcome:
@@ -140,7 +154,7 @@ class Run:
         places = {
             "home": self.folder,
             "bundle": self.bundle() or "",
-            "docs": ROOT / "docs",
+            "plots": self.plots,
             "vllm": VLLM_PYTHON,
         }
         command = ["-m", bench.module, *(argument.format_map(places) for argument in arguments)]
@@ -148,17 +162,18 @@ class Run:
         if busy > BUSY:
             console.print(f"[yellow]other work takes {busy:.0%} of this machine: figures are marked[/yellow]")
         limit = min(left, PATIENCE[self.mode] * bench.expected(self.mode) + 60)
+        raw = self.kept / "raw"
         task = progress.add_task(f"  {bench.name}", total=bench.expected(self.mode))
         began = time.monotonic()
         try:
-            code = call(command, self.folder, RAW / bench.name, limit, lambda s: progress.update(task, completed=s))
+            code = call(command, self.folder, raw / bench.name, limit, lambda s: progress.update(task, completed=s))
         finally:
             progress.remove_task(task)
         took = time.monotonic() - began
-        log = f"see {(RAW / bench.name).relative_to(ROOT)}.log"
+        log = f"see {os.path.relpath(raw / bench.name, ROOT)}.log"
         if code is None:
             return ended("failed", f"it was ended after {took:.0f} s, {log}")
-        printed = last_json((RAW / f"{bench.name}.out").read_text(encoding="utf-8", errors="replace"))
+        printed = last_json((raw / f"{bench.name}.out").read_text(encoding="utf-8", errors="replace"))
         if code not in (0, 1) or printed is None:  # 1: a target is missed
             return ended("failed", f"exit code {code}{'' if code else ' without figures'}, {log}")
         figures = {f.path: value for f in bench.figures if (value := at_path(printed, f.path)) is not None}
@@ -176,7 +191,7 @@ class Run:
             shown,
             round(took, 1),
             round(busy, 2),
-        ).save()
+        ).save(self.kept)
         return ended("measured")
 
 
@@ -232,21 +247,21 @@ def end(running: "subprocess.Popen[bytes]") -> None:
     running.wait()
 
 
-def read_endings() -> dict[str, Outcome]:
+def read_endings(kept: Path = KEPT) -> dict[str, Outcome]:
     """How every bench last ended."""
-    if not ENDINGS.exists():
-        return {}
-    return {name: Outcome(**values) for name, values in json.loads(ENDINGS.read_text(encoding="utf-8")).items()}
+    file = kept / ENDINGS
+    values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {name: Outcome(**outcome) for name, outcome in values.items()}
 
 
-def write_page(new: dict[str, Outcome]) -> None:
+def write_page(new: dict[str, Outcome], kept: Path = KEPT, page: Path = PAGE) -> None:
     """Keep how benches ended, and write the page anew."""
-    endings = read_endings() | new
+    endings = read_endings(kept) | new
     if new:
-        KEPT.mkdir(parents=True, exist_ok=True)
+        kept.mkdir(parents=True, exist_ok=True)
         text = json.dumps({name: asdict(outcome) for name, outcome in sorted(endings.items())}, indent=2)
-        ENDINGS.write_text(text + "\n", encoding="utf-8")
-    PAGE.write_text(render(benches(), load_records(), endings), encoding="utf-8")
+        (kept / ENDINGS).write_text(text + "\n", encoding="utf-8")
+    page.write_text(render(benches(), load_records(kept), endings), encoding="utf-8")
 
 
 def _with(outcome: Outcome, seconds: float) -> Outcome:
@@ -260,6 +275,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="NAME", help=f"of {', '.join(b.name for b in benches())}")
     parser.add_argument("--minutes", type=float, help="that all may take; 20 in quick mode")
     parser.add_argument("--render-only", action="store_true", help="write RESULTS.md of the kept figures, run nothing")
+    parser.add_argument(
+        "--into", type=Path, help="keep records, pictures and page here, to try benches: not the project's"
+    )
     options = parser.parse_args()
     try:
         chosen = by_name(options.only) if options.only else list(benches())
@@ -270,14 +288,19 @@ def main() -> None:
         return
     mode = "full" if options.full else "quick"
     folder = Path(os.environ.get("MMLLM_BENCH_HOME") or home() / "bench").absolute()
-    run = Run(mode, options.minutes or (20 if mode == "quick" else None), folder)
+    minutes = options.minutes or (20 if mode == "quick" else None)
+    if into := options.into and options.into.absolute():
+        into.mkdir(parents=True, exist_ok=True)
+        run = Run(mode, minutes, folder, into, into / PAGE.name, into)
+    else:
+        run = Run(mode, minutes, folder)
     try:
         run.run(chosen)
     except KeyboardInterrupt:
         console.print("stopped; what was measured is kept")
         sys.exit(130)
     failed = [name for name, outcome in run.outcomes.items() if outcome.status == "failed"]
-    console.print(f"{PAGE.name} is written" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    console.print(f"{run.page} is written" + (f"; failed: {', '.join(failed)}" if failed else ""))
     sys.exit(bool(failed))
 
 
