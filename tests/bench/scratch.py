@@ -15,11 +15,15 @@ MARK = "made-by-a-bench"
 
 @contextmanager
 def scratch_home() -> Iterator[Path]:
-    """An empty home for a while, but for the packages that mmllm's home has unpacked already."""
+    """An empty home for a while, but for mmllm's own packages and compiled op, which are made there if they lack."""
+    from train_jobs.deepspeed_ops import build_ops
+
+    build_ops()
     with tempfile.TemporaryDirectory(prefix="mmllm-bench-") as place:
-        packages = home() / "packages"
-        packages.mkdir(parents=True, exist_ok=True)
-        (Path(place) / "packages").symlink_to(packages)
+        for name in ("packages", "torch_extensions"):
+            kept = home() / name
+            kept.mkdir(parents=True, exist_ok=True)
+            (Path(place) / name).symlink_to(kept)
         yield Path(place)
 
 
