@@ -84,13 +84,13 @@ def test_the_newest_figure_is_shown(older: dict[str, Any], newer: dict[str, Any]
 
 def test_a_newer_record_without_a_figure_leaves_the_older_one() -> None:
     other = record(0, measured="2026-01-09", figures={"other": 5.0})
-    assert the_row(render([BENCH], [record(3), other], {}))[4] == "A, 2026-01-02, quick"
+    assert the_row(render([BENCH], [record(3), other], {}))[4] == "A, 2026-01-02, quick, abc1234"
 
 
 def test_a_bench_that_failed_shows_its_last_figure_and_why_there_is_no_newer_one() -> None:
     failed = Outcome("failed", "2026-02-01", "full", "def5678+", "exit code 9, see raw/speed.log")
     page = render([BENCH], [record(3)], {"speed": failed})
-    assert the_row(page)[4] == "A, 2026-01-02, quick; failed when last asked for"
+    assert the_row(page)[4] == "A, 2026-01-02, quick, abc1234; failed when last asked for"
     assert "failed: exit code 9, see raw/speed.log |  | 2026-02-01, full, def5678 with changes |" in page
 
 

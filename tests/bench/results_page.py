@@ -109,7 +109,7 @@ def _area(rows: Sequence[Row], machines: Mapping[str, str], outcomes: Mapping[st
     lines = []
     if rows and rows[0].bench.area == "GPU" and all(row.value is None for row in rows):
         lines += ["Not yet measured: no GPU was at hand. `make bench-gpu` on a machine that has one fills this in.", ""]
-    lines += ["| | measured | target | | machine, day, mode |", "|---|---|---|---|---|"]
+    lines += ["| | measured | target | | machine, day, mode, commit |", "|---|---|---|---|---|"]
     for row in rows:
         verdict = f"**{row.verdict}**" if row.verdict == "missed" else row.verdict
         where = _where(row, machines, outcomes)
@@ -127,11 +127,15 @@ def _shown(row: Row) -> str:
 def _where(row: Row, machines: Mapping[str, str], outcomes: Mapping[str, Outcome]) -> str:
     if row.record is None:
         return ""
-    found = f"{machines[_machine(row.record)]}, {row.record.measured}, {row.record.mode}"
-    if row.record.mode == "earlier":
-        found = f"{machines[_machine(row.record)]}, by {row.record.measured}, earlier"
-    if (row.record.busy_before or 0) > BUSY:
-        found += f"; other work took {row.record.busy_before:.0%} of the machine"
+    machine, record = machines[_machine(row.record)], row.record
+    if record.mode == "earlier":
+        found = f"{machine}, by {record.measured}, earlier"
+    else:
+        found = f"{machine}, {record.measured}, {record.mode}" + (
+            f", {_commit(record.commit)}" if record.commit else ""
+        )
+    if (record.busy_before or 0) > BUSY:
+        found += f"; other work took {record.busy_before:.0%} of the machine"
     outcome = outcomes.get(row.bench.name)
     if outcome and outcome.status != "measured":
         found += f"; {outcome.status} when last asked for"
@@ -173,6 +177,10 @@ def _endings(benches: Sequence[Bench], outcomes: Mapping[str, Outcome]) -> list[
             continue
         why = f": {found.reason}" if found.reason else ""
         took = f"{found.seconds:.0f}" if found.seconds else ""
-        commit = (found.commit or "no git").replace("+", " with changes")
-        lines.append(f"| {title} | {found.status}{why} | {took} | {found.day}, {found.mode}, {commit} |")
+        when = f"{found.day}, {found.mode}" + (f", {_commit(found.commit)}" if found.commit else "")
+        lines.append(f"| {title} | {found.status}{why} | {took} | {when} |")
     return lines
+
+
+def _commit(commit: str) -> str:
+    return commit.replace("+", " with changes")
