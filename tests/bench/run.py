@@ -147,7 +147,7 @@ class Run:
             return ended("left out", "; ".join(lacks))
         left = self.ends - time.monotonic()
         if bench.expected(self.mode) > left:
-            return ended("left out", "the quick mode's time was up")
+            return ended("left out", "the time that all benches have was up")
         arguments = [*given]
         for need, more in (bench.if_there or {}).items():
             arguments += [] if self.lack(need) else more
@@ -172,7 +172,9 @@ class Run:
         took = time.monotonic() - began
         log = f"see {os.path.relpath(raw / bench.name, ROOT)}.log"
         if code is None:
-            return ended("failed", f"it was ended after {took:.0f} s, {log}")
+            if limit == left:
+                return ended("left out", f"the time that all benches have was up when it had run for {took:.0f} s")
+            return ended("failed", f"it took longer than {took:.0f} s and was ended, {log}")
         printed = last_json((raw / f"{bench.name}.out").read_text(encoding="utf-8", errors="replace"))
         if code not in (0, 1) or printed is None:  # 1: a target is missed
             return ended("failed", f"exit code {code}{'' if code else ' without figures'}, {log}")
