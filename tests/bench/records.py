@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "tests" / "bench" / "results"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "ray", "deepspeed", "faster-whisper", "vllm")
 Mode = Literal["quick", "full", "earlier"]
-"""How a bench was run; `earlier` figures were taken from the README, with the machine as it names it."""
+"""How a bench was run; `earlier` figures were taken from the documentation, with the machine as it named it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Record:
     bench: str
     mode: Mode
     measured: str
-    """The day, ISO 8601; of earlier figures, when the README got them."""
+    """The day, ISO 8601; of earlier figures, when the documentation got them."""
     machine: Mapping[str, Any]
     """`cpu`, `cores`, `memory_gb`, `bfloat16` and `gpu`; of earlier figures `as_stated` alone."""
     figures: Mapping[str, float]

@@ -155,7 +155,7 @@ def _letter(i: int) -> str:
 def _machine(record: Record) -> str:
     """In words, versions included: other versions make it another machine."""
     if stated := record.machine.get("as_stated"):
-        return f"{stated} (as the README named it; versions were not kept)"
+        return f"{stated} (as stated with the figure then; versions were not kept)"
     machine = record.machine
     parts = [
         f"{machine['cores']} cores of {machine['cpu']}",
