@@ -31,7 +31,7 @@ RECIPES: dict[str, list[str]] = {
         *_LONGER,
     ],
 }
-"""Changes to `embedded-instruct`, as the README has them."""
+"""Changes to `embedded-instruct`, as the documentation has them."""
 
 
 def measure(changes: list[str], questions: int, more: list[str]) -> dict[str, Any]:
