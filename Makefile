@@ -1,18 +1,20 @@
-# Everything runs in one virtual environment, made on first use. Settings: PYTHON, VENV, PORT, PROFILE, ARGS.
+# Everything runs in one virtual environment, made on first use. Settings: PYTHON, VENV, PORT, PROFILE, ARGS, GPU_PYTHON.
 VENV    ?= .venv
 PORT    ?= 8000
 PROFILE ?= embedded
 PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
 BIN     := $(VENV)/bin
+GPU_PYTHON ?= python3
 VLLM    := $(VENV)-vllm
 
-.PHONY: help install demo serve doctor test test-fast test-long test-vllm coverage lint docs clean
+.PHONY: help install demo serve doctor test test-fast test-long test-vllm coverage bench bench-gpu lint docs clean
 help:
 	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
 	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
 	@echo "make doctor    what this machine has, and what each lack costs"
 	@echo "make test      run the tests (make test-fast: those without Ray and training; make test-long: those of minutes each;"
 	@echo "               make test-vllm: with vLLM's CPU build; make coverage: what they run of the code)"
+	@echo "make bench     measure, in 20 minutes, and write RESULTS.md (ARGS=--full: all of it, hours; make bench-gpu: a GPU)"
 	@echo "make lint      ruff, mypy, import-linter and vulture"
 	@echo "make docs      the documentation as a site, in build/site (ARGS=serve: shown as it is edited)"
 	@echo "make clean     remove the environment"
@@ -43,6 +45,13 @@ test-long: $(VENV)/.installed-dev
 test-vllm: $(VLLM)/.installed
 	@$(VLLM)/bin/python -m pytest tests/mmllm_core/test_engine_answers.py tests/mmllm_core/test_engine_requests.py \
 	  tests/mmllm_core/test_vllm_engine.py tests/serve_apps/test_vllm_served.py -k vllm $(ARGS)
+
+bench: $(VENV)/.installed-dev
+	@$(BIN)/python -m tests.bench.run $(ARGS)
+
+# On machines where only torch, transformers and peft are installed: in no environment of ours.
+bench-gpu:
+	@$(GPU_PYTHON) -m tests.bench.gpu --keep $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/vulture

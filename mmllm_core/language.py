@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mmllm_core.config import Dtype, LanguageConfig, LoraConfig, Quantization
 from mmllm_core.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mmllm_core.config import Dtype, LanguageConfig, LoraConfig, Quantization
 
 LORA_TARGETS: dict[str, tuple[str, ...]] = {
     "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -58,7 +59,7 @@ def multiplies_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def compute_dtype(dtype: Dtype, device: "torch.device | str") -> Dtype:
+def compute_dtype(dtype: "Dtype", device: "torch.device | str") -> "Dtype":
     """What an LM is computed in: `dtype`, but float32 instead of bfloat16 on a CPU that has no instructions for that.
 
     There PyTorch multiplies bfloat16 matrices one number at a time, some 40 times slower than float32 ones.
@@ -68,7 +69,7 @@ def compute_dtype(dtype: Dtype, device: "torch.device | str") -> Dtype:
     return dtype
 
 
-def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu") -> "PreTrainedModel":
+def load_language_model(config: "LanguageConfig", folder: Path, device: str = "cpu") -> "PreTrainedModel":
     """Load a frozen causal LM in eval mode, quantized as the config says.
 
     NF4 follows QLoRA: double quantization, stored as if it were of the dtype that it is computed in, so that ZeRO can
@@ -107,7 +108,7 @@ def load_language_model(config: LanguageConfig, folder: Path, device: str = "cpu
     return lm.eval().requires_grad_(False)
 
 
-def load_embeddings(config: LanguageConfig, folder: Path, device: str = "cpu") -> "PreTrainedModel":
+def load_embeddings(config: "LanguageConfig", folder: Path, device: str = "cpu") -> "PreTrainedModel":
     """Load a causal LM without its layers, whatever they are quantized by: it can embed tokens and nothing else.
 
     Raises:
@@ -158,7 +159,7 @@ def stop_token_ids(lm: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return sorted(token for token in ids if token is not None and token != tokenizer.unk_token_id)
 
 
-def lora_targets(config: LoraConfig, lm_config: Any) -> tuple[str, ...]:
+def lora_targets(config: "LoraConfig", lm_config: Any) -> tuple[str, ...]:
     """Names of the linear layers that LoRA adapts.
 
     Raises:
@@ -173,7 +174,7 @@ def lora_targets(config: LoraConfig, lm_config: Any) -> tuple[str, ...]:
     return targets
 
 
-def n_adapted_layers(config: LoraConfig, lm_config: Any) -> int:
+def n_adapted_layers(config: "LoraConfig", lm_config: Any) -> int:
     """How many of the LM's layers LoRA adapts, counted from the first.
 
     Raises:
@@ -185,7 +186,7 @@ def n_adapted_layers(config: LoraConfig, lm_config: Any) -> int:
     return config.layers or n_layers
 
 
-def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:
+def add_adapter(lm: "PreTrainedModel", config: "LoraConfig") -> nn.Module:
     """Wrap the LM with a fresh, trainable LoRA adapter (a `peft.PeftModel`).
 
     Raises:
@@ -229,7 +230,7 @@ def load_adapter(lm: "PreTrainedModel", folder: Path, *, trainable: bool = False
     return adapted
 
 
-def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:
+def _quantization_config(quantization: "Quantization", dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "nf4":

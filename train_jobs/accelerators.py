@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
-from mmllm_core.config import Dtype
 from mmllm_core.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from mmllm_core.config import Dtype
 
 CPU = "cpu"
 CUDA_RUNTIME = 1.0e9
@@ -101,7 +102,7 @@ def accelerator(name: str) -> Accelerator:
     return known[name.lower()]
 
 
-def peak_flops(device: "torch.device | str", dtype: Dtype) -> float | None:
+def peak_flops(device: "torch.device | str", dtype: "Dtype") -> float | None:
     """Peak of a torch device, in floating-point operations a second: the divisor of an MFU.
 
     A GPU's is its data sheet's. Of a CPU there is no sheet that holds for its cores as this process may use them: a
@@ -121,7 +122,7 @@ def peak_flops(device: "torch.device | str", dtype: Dtype) -> float | None:
     return sheet_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
 
 
-def sheet_flops(device_name: str, dtype: Dtype) -> float | None:
+def sheet_flops(device_name: str, dtype: "Dtype") -> float | None:
     """Peak of a GPU by the name that CUDA gives it, such as `NVIDIA H100 80GB HBM3`; None if it is not in the table, or
     a slice of a GPU."""
     words = device_name.lower().replace("-", " ").split()
@@ -139,7 +140,7 @@ def usable_cores() -> int:
 
 
 @cache
-def measured_flops(dtype: Dtype) -> float:
+def measured_flops(dtype: "Dtype") -> float:
     """Fastest product of two (1024, 1024) matrices on CPU, with the threads that torch has in this process."""
     import torch
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from mmllm_core.connectors import Media
+if TYPE_CHECKING:
+    from mmllm_core.connectors import Media
 
 
 class LineMedia:
@@ -15,7 +17,7 @@ class LineMedia:
         self._members: list[Media] = []
         self._joined: Media | None = None
 
-    def of(self, parts: Sequence[tuple[Media | None, int, int]]) -> Media | None:
+    def of(self, parts: "Sequence[tuple[Media | None, int, int]]") -> "Media | None":
         """Media of a line, or None where no sequence has any.
 
         Args:
@@ -28,7 +30,7 @@ class LineMedia:
         if self._joined is None or list(map(id, members)) != list(map(id, self._members)):
             self._members = members
             embeddings = torch.cat([media.embeddings for media in members])  # (n_images, m, d_model)
-            self._joined = Media(embeddings, members[0].image_of)
+            self._joined = replace(members[0], embeddings=embeddings, keys_values={})
         first, looks = 0, []
         for media, begin, n in parts:
             if media is None:

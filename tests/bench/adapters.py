@@ -92,7 +92,7 @@ def main() -> None:
         ways = {"one adapter": adapters[:1], "four adapters": adapters}
         rates |= best_rate(plain, tokenizer, ways, arguments.requests, arguments.tokens)
     ratios = {way: rate / rates["merged"] for way, rate in rates.items()}
-    print(json.dumps({"dtype": str(dtype), "tokens_per_s": rates, "of_merged": ratios}, indent=2))
+    print(json.dumps({"dtype": str(dtype), "tokens_per_s": rates, "of_merged": ratios}))
 
 
 if __name__ == "__main__":

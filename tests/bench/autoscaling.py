@@ -97,7 +97,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trace = measure(Path(folder), arguments.replicas)
     plot(trace, arguments.plot)
-    print(json.dumps({"summary": summary(trace)} | trace))
+    steps = summary(trace)
+    lost = {what: sum(step[what] for step in steps) for what in ("requests", "failed")}
+    print(json.dumps(lost | {"summary": steps} | trace))
 
 
 if __name__ == "__main__":

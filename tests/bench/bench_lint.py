@@ -175,7 +175,7 @@ def main() -> None:
         "peak_rss_ratio_of_10x_rows": large.peak_rss_mb / small.peak_rss_mb,
         "planted_faults_found": sum(PLANTED.values()),
     }
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -86,7 +87,7 @@ def main() -> None:
         return
 
     table = Table("", "peak", "time", box=None, padding=(0, 2))
-    results = []
+    results: dict[str, dict[str, Any]] = {}
     for head in heads:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in LOSSES}
         for _ in range(options.rounds):
@@ -110,23 +111,20 @@ def main() -> None:
         full, ours = medians["full logits"], medians["ours"]
         for name, median in medians.items():
             table.add_row(f"{head}, {name}", f"{median['bytes'] / MEBIBYTE:,.0f} MiB", f"{median['seconds']:,.2f} s")
-        results.append(
-            {
-                "head": head,
-                "tokens": options.tokens,
-                "trained": options.trained,
-                "threads": torch.get_num_threads(),
-                "runs": found,
-                "memory_ratio": full["bytes"] / ours["bytes"],
-                "time_ratio": full["seconds"] / ours["seconds"],
-                "loss_difference": abs(full["loss"] - ours["loss"]) / full["loss"],
-            }
-        )
+        results[head] = {
+            "tokens": options.tokens,
+            "trained": options.trained,
+            "threads": torch.get_num_threads(),
+            "runs": found,
+            "memory_ratio": full["bytes"] / ours["bytes"],
+            "time_ratio": full["seconds"] / ours["seconds"],
+            "loss_difference": abs(full["loss"] - ours["loss"]) / full["loss"],
+        }
     console = Console()
     console.print(table, highlight=False)
-    for result in results:
+    for head, result in results.items():
         console.print(
-            f"{result['head']}: {result['memory_ratio']:.1f} times less memory, "
+            f"{head}: {result['memory_ratio']:.1f} times less memory, "
             f"{result['time_ratio']:.2f} times as fast as full logits",
             highlight=False,
         )

@@ -14,8 +14,8 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import psutil
 
 from cluster.plan_command import plan_values
 from mmllm_core.config import parse_overrides
+from tests.bench.scratch import mmllm, scratch_home
 from train_jobs.plan import PlanOptions, plan
 from train_jobs.progress import read_metrics
 from train_jobs.recipe import load_training_recipe
@@ -31,11 +32,6 @@ from train_jobs.throughput import peak_resident
 
 ALLOWED = 0.15
 SHORT = {"steps": 3, "word_alignment_steps": 0, "evaluation_questions": 0}
-
-
-def mmllm(*arguments: str) -> None:
-    """Run an `mmllm` command to its end."""
-    subprocess.run([sys.executable, "-m", "cluster.cli", *arguments], check=True)
 
 
 def watch(command: list[str]) -> dict[int, dict[str, Any]]:
@@ -66,8 +62,8 @@ def main() -> None:
     options = parser.parse_args()
 
     overrides = SHORT | parse_overrides(options.overrides)
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ["MMLLM_HOME"] = str((options.home or Path(scratch)).absolute())
+    with nullcontext(options.home.absolute()) if options.home else scratch_home() as place:
+        os.environ["MMLLM_HOME"] = str(place)
         recipe = load_training_recipe(options.recipe, overrides)
         planned = plan(recipe, PlanOptions("cpu", recipe.workers))
         settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]

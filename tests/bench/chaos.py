@@ -1,6 +1,6 @@
 """What becomes of requests while the service is overloaded, killed part by part, redeployed and left by its callers.
 
-    python -m tests.bench.chaos [--requests 500]
+    python -m tests.bench.chaos [--requests 500] [--seconds 12]
 
 On real Ray Serve with tiny models and two replicas of every part. Prints a table and JSON: how requests ended under ten
 times the load that the service can take, and its memory; while replicas are killed without a warning; while it is
@@ -75,6 +75,8 @@ async def overload(load: MixedLoad, times: float, seconds: float) -> dict[str, A
         "requests_per_second": round(rate, 2),
         "offered_per_second": round(times * rate, 2),
         "endings": endings(rounds),
+        "sent": len(rounds),
+        "otherwise": sum(ending.how not in ("answered", "429") for ending in rounds),
         "refused_with_retry_after": sum(ending.retry_after is not None for ending in refused),
         "refused_in_s_p95": percentile([ending.seconds for ending in refused], 95),
         "answered_in_s_p95": percentile([ending.seconds for ending in rounds if ending.how == "answered"], 95),
@@ -86,7 +88,7 @@ async def kills(load: MixedLoad, app: str, n_requests: int, deployments: list[st
     """Requests while replicas die."""
     load.endings = []
     killed = await kill_now_and_then(app, deployments, load.closed(n_requests, 8))
-    return {"killed": dict(killed), "endings": endings(load.endings)}
+    return {"killed": dict(killed), "endings": endings(load.endings)} | shares(load.endings)
 
 
 async def redeploy(load: MixedLoad, deploy_with: Callable[..., Service]) -> dict[str, Any]:
@@ -97,7 +99,7 @@ async def redeploy(load: MixedLoad, deploy_with: Callable[..., Service]) -> dict
         await load.closed(24, 8)
     await done
     await load.closed(24, 8)
-    return {"endings": endings(load.endings)}
+    return {"endings": endings(load.endings)} | shares(load.endings)
 
 
 async def hang_up(target: Service, times: int) -> dict[str, Any]:
@@ -125,14 +127,22 @@ def endings(found: Sequence[Ending]) -> dict[str, int]:
     return dict(Counter(ending.how for ending in found).most_common())
 
 
-async def measure(n_requests: int) -> dict[str, Any]:
+def shares(found: Sequence[Ending]) -> dict[str, float]:
+    """How many were answered, and how many ended so that their caller cannot tell."""
+    return {
+        "answered_share": sum(ending.how == "answered" for ending in found) / len(found),
+        "unnoticed": sum(ending.how in ("silent", "hung") for ending in found),
+    }
+
+
+async def measure(n_requests: int, seconds: float) -> dict[str, Any]:
     """All of it, one after another."""
     with service() as (target, deploy_with):
         load = MixedLoad(target.base_url, target.model, recorded_speech())
         retrying = replace(load, retries=2, endings=[])
         app = target.app_name
         return {
-            "overload": await overload(load, 10, 12),
+            "overload": await overload(load, 10, seconds),
             "kills_behind_the_ingress": await kills(load, app, n_requests, BEHIND),
             "kills_of_the_ingress": await kills(load, app, n_requests // 5, [INGRESS]),
             "kills_of_the_ingress_where_clients_retry": await kills(retrying, app, n_requests // 5, [INGRESS]),
@@ -145,8 +155,9 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500, help="while replicas are killed")
+    parser.add_argument("--seconds", type=float, default=12, help="of each of five rounds of ten times the load")
     arguments = parser.parse_args()
-    found = asyncio.run(measure(arguments.requests))
+    found = asyncio.run(measure(arguments.requests, arguments.seconds))
     table = Table("what was done", "how requests ended", "what else was seen")
     for name, values in found.items():
         ends = ", ".join(f"{count} {how}" for how, count in values.get("endings", {}).items())

@@ -1,7 +1,7 @@
 """Decoding speed of the engines beside `transformers.generate`, in closed and open loops.
 
     python -m tests.bench.engines [BUNDLE] [--tokens 64] [--rounds 3] [--concurrent 1 4 8 16 32] [--rates 1 2 4]
-        [--seconds 20] [--vllm-python .venv-vllm/bin/python] [--out DIR]
+        [--seconds 20] [--vllm-python .venv-vllm/bin/python] [--plot engines.png]
 
 All answer the merged LM of a bundle (the last one if none is given), each in a process of its own, in turns and on the
 same prompts. Closed loop: so many requests at once, with prompts of 40 to 70 tokens and each for exactly `--tokens`.
@@ -9,7 +9,7 @@ Open loop: requests come at random (Poisson) so many a second, whether the other
 40 to 230 tokens and each for 16 to 112. `generate` has those who wait as a static batch, padded on the left, and shows
 nothing before it ends. vLLM takes part if a Python that has it is named (`make test-vllm` makes one). Out: tables of
 tokens a second over all requests, the time to the first token and between tokens (p50 and p95), ratios, the same as
-JSON, and a plot in DIR.
+JSON, and a plot.
 """
 
 import argparse
@@ -79,9 +79,10 @@ class Measured:
         """Median over rounds."""
         return statistics.median(self.tokens_per_second)
 
-    def as_json(self) -> dict[str, Any]:
-        """Figures of a table's row."""
-        return {
+    def as_json(self, others: "dict[str, Measured]") -> dict[str, Any]:
+        """Figures of a table's row, and how many times as fast this is as each of the others at the same load."""
+        return {f"of_{way}": self.speed / other.speed for way, other in others.items() if other is not self} | {
+            "median_tokens_per_s": self.speed,
             "tokens_per_second": self.tokens_per_second,
             "first_token_s_p50_p95": _percentiles(self.first_s),
             "between_tokens_s_p50_p95": _percentiles(self.between_s),
@@ -159,7 +160,7 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[1, 2, 4])
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--vllm-python", help="a Python with vLLM, which then takes part")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
 
     bundle = Bundle.open(options.bundle) if options.bundle else Bundle.latest()
@@ -195,15 +196,13 @@ def main() -> None:
     result = {
         "lm": bundle.info.profile.language.model_dump(mode="json"),
         "tokens": options.tokens,
-        "closed": {n: {way: found.as_json() for way, found in ways.items()} for n, ways in together.items()},
-        "open": {rate: {way: found.as_json() for way, found in ways.items()} for rate, ways in coming.items()},
+        "closed": {n: {way: found.as_json(ways) for way, found in ways.items()} for n, ways in together.items()},
+        "open": {rate: {way: found.as_json(ways) for way, found in ways.items()} for rate, ways in coming.items()},
         "machine": platform.processor() or platform.machine(),
     }
+    if options.plot:
+        plot(together, coming, options.plot)
     print(json.dumps(result))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "engines.json").write_text(json.dumps(result))
-        plot(together, coming, options.out / "engines.png")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def main() -> None:
                     found[routing] += hold(client, bundle.info.name, first, arguments.conversations, arguments.turns)
     requests, prefix = (summary(found[routing]) for routing in ROUTINGS)
     ratio = {key: requests[key] / prefix[key] for key in ("computed_tokens", "first_token_p50_s", "first_token_p95_s")}
-    print(json.dumps({"requests": requests, "prefix": prefix, "requests_over_prefix": ratio}, indent=2))
+    print(json.dumps({"requests": requests, "prefix": prefix, "requests_over_prefix": ratio}))
 
 
 if __name__ == "__main__":

@@ -111,8 +111,8 @@ def measure(clips: list[Clip], rounds: int, threads: int) -> dict[str, Any]:
                 heard[name][i] = one(clip.waveform)
                 fastest[name][i] = min(fastest[name][i], time.perf_counter() - began)
     found: dict[str, Any] = {}
-    for kind in ("all", *dict.fromkeys(clip.kind for clip in clips)):
-        chosen = [i for i, clip in enumerate(clips) if kind in ("all", clip.kind)]
+    for kind in ("all", "short", *dict.fromkeys(clip.kind for clip in clips)):
+        chosen = [i for i, clip in enumerate(clips) if kind in ("all", clip.kind, "short" if clip.seconds < 30 else "")]
         length = sum(clips[i].seconds for i in chosen)
         found[kind] = {"clips": len(chosen), "seconds_of_sound": round(length, 1), "ways": {}}
         for name in hear:
@@ -125,6 +125,8 @@ def measure(clips: list[Clip], rounds: int, threads: int) -> dict[str, Any]:
                 "word_error_rate": round(errors.rate, 4),
                 "errors": vars(errors),
             }
+        rates = {name: way["word_error_rate"] for name, way in found[kind]["ways"].items()}
+        found[kind]["more_errors"] = rates["served"] - rates["openai-whisper"]
     return found
 
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from mmllm_core.errors import ConfigError, WeightsError
 from tests.conftest import tiny_lm_config
-from tests.train_jobs.test_memory_model import PHI4_MINI
+from tests.phi4_mini import PHI4_MINI
 
 RECIPE = """
 name: phi-instruct

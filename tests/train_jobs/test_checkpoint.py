@@ -69,18 +69,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, str
     place = tmp_path_factory.mktemp("runs")
     whole = {named(case): Part(*case, 0, 4, place / f"whole-{named(case)}") for case in CASES}
     cut = [Part(*case, 0, 4, place / f"cut-{named(case)}", micro_batch=2) for case in MOVED]
-    in_workers(_work, [*whole.values(), *cut], world=1, environment=compiled_ops)
+    in_workers(run_parts, [*whole.values(), *cut], world=1, environment=compiled_ops)
     resumed = [Part(*case, 2, 4, place / f"resumed-{named(case)}", whole[named(case)].checkpoint(2)) for case in CASES]
-    in_workers(_work, resumed, world=1, environment=compiled_ops)
+    in_workers(run_parts, resumed, world=1, environment=compiled_ops)
     wider = [
         Part(*case, 2, 3, place / f"wider-{named(case)}", whole[named(case)].checkpoint(2), world=2) for case in MOVED
     ]
-    in_workers(_work, wider, world=2, environment=compiled_ops)
+    in_workers(run_parts, wider, world=2, environment=compiled_ops)
     last = [
         Part(*case, 3, 4, place / f"last-{named(case)}", part.checkpoint(3))
         for case, part in zip(MOVED, wider, strict=True)
     ]
-    in_workers(_work, last, world=1, environment=compiled_ops)
+    in_workers(run_parts, last, world=1, environment=compiled_ops)
     return place
 
 
@@ -118,7 +118,8 @@ def test_accumulation_over_micro_batches_gives_the_same_losses(case: tuple[dict[
     assert losses_of(cut) == pytest.approx(losses_of(whole), abs=1e-5)
 
 
-def _work(rank: int, parts: list[Part]) -> None:
+def run_parts(rank: int, parts: list[Part]) -> None:
+    """Take the steps of every part, in the processes of `in_workers`."""
     for part in parts:
         _run(rank, part)
 

@@ -11,6 +11,7 @@ from mmllm_core.language import add_adapter
 from mmllm_core.model import MultimodalLM
 from mmllm_core.models.profile import load_profile
 from mmllm_core.packed_attention import Packing, attend_packed
+from tests.phi4_mini import PHI4_MINI
 from train_jobs.kept_bytes import kept_bytes
 from train_jobs.memory_model import (
     BatchShape,
@@ -283,18 +284,3 @@ def _phi4() -> ModelShape:
 
     config = AutoConfig.for_model("phi3", **PHI4_MINI)
     return model_shape(load_profile("phi"), recipe_of(LoraConfig()), config)
-
-
-PHI4_MINI = {
-    "vocab_size": 200064,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-    "pad_token_id": 199999,
-    "bos_token_id": 199999,
-    "eos_token_id": 199999,
-}
-"""As microsoft/Phi-4-mini-instruct says in its config.json."""

@@ -12,7 +12,7 @@ from mmllm_core.config.profile import HubSource, PathSource
 from mmllm_core.errors import ConfigError, ConversationError, WeightsError
 from mmllm_core.models.profile import load_profile
 from tests.conftest import TinyLM, tiny_lm_config
-from tests.train_jobs.test_memory_model import PHI4_MINI
+from tests.phi4_mini import PHI4_MINI
 from train_jobs.batch_estimate import batch_estimator
 from train_jobs.model_shape import read_lm_config
 from train_jobs.origins import find_origins
