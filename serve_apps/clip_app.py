@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmllm_core.bundle import Bundle
+from mmllm_core.data.feature_shards import Features
 from mmllm_core.errors import BadInput
 from serve_apps.all_or_none import all_or_none
 from serve_apps.batching import Batcher
 from serve_apps.config import ClipConfig
 from serve_apps.embeddings import Embeddings, TypedText
-from serve_apps.feature_cache import FeatureCache, Features, StoreReader
+from serve_apps.feature_cache import FeatureCache, StoreReader
 from serve_apps.image_reading import ImageReader, ReadImage
 from serve_apps.metrics import counter, histogram
 from serve_apps.observability_config import ObservabilityConfig

@@ -19,6 +19,7 @@ from mmllm_core.evaluation.accuracy import answer_questions
 from mmllm_core.models.home import features_folder, home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
+from tests.train_jobs.conftest import save_tiny_lm
 from train_jobs.checkpoint import load_weights_alone
 from train_jobs.embed_images import embed_images, embed_recipe
 from train_jobs.evaluate import Asked, evaluate
@@ -57,7 +58,9 @@ def profile(
     (folder / "packages").symlink_to(home() / "packages")
     (folder / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
     os.environ["MMLLM_HOME"] = str(folder)
-    _save_tiny_lm(tokenizer_folder, folder / "lm")
+    from transformers import AutoTokenizer
+
+    save_tiny_lm(AutoTokenizer.from_pretrained(tokenizer_folder), folder / "lm")
     values = embedded.model_dump(mode="json")
     values["vision"] |= {"source": {"kind": "trained", "recipe": "tiny-clip"}, "merge": 2}
     values["language"] |= {"source": {"kind": "path", "path": str(folder / "lm")}}
@@ -212,20 +215,3 @@ def test_images_and_text_train_together_packed_and_through_cross_attention(
         recipe(profile, connector=connector, from_bundle="mixed")
     further = planned_profile(recipe(profile, name="further", from_bundle="mixed"))
     assert further.connector == bundle.profile.connector, "the bundle's connector, not the profile's, is planned"
-
-
-def _save_tiny_lm(tokenizer_folder: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
