@@ -2,18 +2,28 @@
 
 import re
 import shlex
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+import yaml
 
 from cluster.cli import app
-from tests.docs.markdown import PAGES, ROOT, commands, links
+from mmllm_core.config import DataConfig, Recipe, StrictModel, parse_config
+from serve_apps.config import ServeConfig
+from tests.docs.markdown import PAGES, ROOT, blocks, commands, links
 
 AWAITED = {"k8s"}
 """Commands that pages may name before they are there."""
+
+CONFIGS: dict[frozenset[str], type[StrictModel]] = {
+    frozenset({"clip", "whisper", "phi"}): ServeConfig,
+    frozenset({"stage", "steps"}): Recipe,
+}
+"""Which config a block of YAML is, by keys that it has."""
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -101,3 +111,19 @@ def test_the_page_of_commands_names_all() -> None:
 
     text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     assert not [name for name in names(typer.main.get_command(app), "mmllm") if f"`{name}" not in text]
+
+
+@every_page
+def test_every_block_of_code_can_be_read(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "python":
+            compile(block.text, f"{page}, line {block.line}", "exec")
+        elif block.language == "yaml":
+            values = yaml.safe_load(block.text)
+            for keys, config in CONFIGS.items():
+                if keys <= set(values) and values.get("phi", {}).get("engine") != "plain":  # its package is not here
+                    parse_config(config, values, f"{page}, line {block.line}")
+            if set(values) == {"data"}:
+                parse_config(DataConfig, values["data"], f"{page}, line {block.line}")
+        elif block.language == "toml":
+            tomllib.loads(block.text)

@@ -117,6 +117,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
     return Reader(folder, environment)
 
 
+@pytest.mark.timeout(1200)  # six commands that each start Ray, one after another
 def test_own_data(reader: Reader, compiled_ops: dict[str, str]) -> None:  # noqa: F811
     (reader.folder.parent / "home" / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
     reader.follow("own-data.md")
