@@ -16,9 +16,6 @@ from mmllm_core.config import DataConfig, Recipe, StrictModel, parse_config
 from serve_apps.config import ServeConfig
 from tests.docs.markdown import PAGES, ROOT, blocks, commands, links
 
-AWAITED = {"k8s"}
-"""Commands that pages may name before they are there."""
-
 CONFIGS: dict[frozenset[str], type[StrictModel]] = {
     frozenset({"clip", "whisper", "phi"}): ServeConfig,
     frozenset({"stage", "steps"}): Recipe,
@@ -51,8 +48,6 @@ def problem(arguments: list[str]) -> str | None:
     command: Any = typer.main.get_command(app)
     words = list(arguments)
     while hasattr(command, "commands") and words and re.fullmatch(r"[a-z][a-z0-9-]*", words[0]):
-        if words[0] in AWAITED:
-            return None
         if words[0] not in command.commands:
             return f"no command '{words[0]}' in '{command.name or 'mmllm'}'"
         command = command.commands[words.pop(0)]
