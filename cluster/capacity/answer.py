@@ -125,10 +125,11 @@ def answer(question: Question, way: Way = "apart") -> Answer:
             "to be compared with one deployment that is scaled whole"
         )
     _require_reachable(question)
-    shares = dict.fromkeys(PARTS, 1.0)
-    if question.ttft_s is not None and question.scaled:
-        shares = _cheapest(question, way)
-    return _simulated(question, way, shares)
+    plain = _simulated(question, way, dict.fromkeys(PARTS, 1.0))
+    if question.ttft_s is None or not question.scaled:
+        return plain
+    shares = _cheapest(question, way)
+    return plain if shares == plain.target_shares else min(plain, _simulated(question, way, shares), key=_rank)
 
 
 def saving(parts: Answer, whole: Answer) -> tuple[float, str]:
