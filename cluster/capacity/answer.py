@@ -126,8 +126,8 @@ def answer(question: Question, way: Way = "apart") -> Answer:
         )
     _require_reachable(question)
     plain = _simulated(question, way, dict.fromkeys(PARTS, 1.0))
-    if question.ttft_s is None or not question.scaled:
-        return plain
+    if question.ttft_s is None or not question.scaled or (plain.capped and not plain.keeps):
+        return plain  # less of a target would ask for more replicas than there may be
     shares = _cheapest(question, way)
     return plain if shares == plain.target_shares else min(plain, _simulated(question, way, shares), key=_rank)
 
