@@ -1,7 +1,7 @@
 """What a load takes: replicas, CPUs, GPUs, dollars, and seconds to the first token, of each way to scale.
 
-In: a load, a config, service times, prices. Out: an `Answer`. Where seconds are promised, replicas hold less of their
-targets until they are kept, and each modality only as much less as that takes. Does not know how an answer is shown.
+In: a load, a config, service times, prices. Out: an `Answer`. Where seconds are promised, it is the cheapest of some
+shares of the config's targets with which they are kept. Does not know how an answer is shown.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,14 @@ from cluster.capacity.changed_config import FIELDS, with_bounds, with_targets
 from cluster.capacity.outcome import Outcome, quantile
 from cluster.capacity.prices import CPU, Prices
 from cluster.capacity.service_times import Hardware, ServiceTimes
-from cluster.capacity.simulation import PARTS, Shape, Simulation, Way
+from cluster.capacity.simulation import LONGEST_TICK_S, PARTS, TICK_S, Shape, Simulation, Way
 from cluster.capacity.traces import KINDS, Trace
 from mmllm_core.errors import ConfigError
 from serve_apps.config import ServeConfig
 
-TARGET_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15)
+TARGET_SHARES = (1.0, 0.5, 0.25, 0.12)
+SEARCH_TICKS = 4_000
+"""Of a trace, while shares are looked for; what is found is then simulated as finely as anything."""
 PROMISED = 0.95
 """Share of requests that a promise is about."""
 
@@ -111,7 +113,7 @@ def replica_hardware(times: ServiceTimes, way: Way) -> dict[str, Hardware]:
 
 
 def answer(question: Question, way: Way = "apart") -> Answer:
-    """Simulate, with replicas that hold ever less, until the promise is kept or there is no more to try.
+    """Simulate by the config's own targets, or if seconds are promised by the cheapest with which they are kept.
 
     Raises:
         ConfigError: the config scales some deployments and not others, and nothing whole can be made of that.
@@ -123,14 +125,11 @@ def answer(question: Question, way: Way = "apart") -> Answer:
             "to be compared with one deployment that is scaled whole"
         )
     _require_reachable(question)
-    tried = [_simulated(question, way, dict.fromkeys(PARTS, TARGET_SHARES[0]))]
-    for share in TARGET_SHARES[1:] if question.scaled else ():
-        if tried[-1].keeps is not False or tried[-1].capped:
-            break
-        tried.append(_simulated(question, way, dict.fromkeys(PARTS, share)))
-    if tried[-1].keeps is False:
-        return max(tried, key=lambda one: one.outcome.share_within(question.ttft_s or 0.0))
-    return _relaxed(tried[-1]) if len(tried) > 1 else tried[-1]
+    plain = _simulated(question, way, dict.fromkeys(PARTS, 1.0))
+    if question.ttft_s is None or not question.scaled or (plain.capped and not plain.keeps):
+        return plain  # less of a target would ask for more replicas than there may be
+    shares = _cheapest(question, way)
+    return plain if shares == plain.target_shares else min(plain, _simulated(question, way, shares), key=_rank)
 
 
 def saving(parts: Answer, whole: Answer) -> tuple[float, str]:
@@ -149,19 +148,35 @@ def alone_s(question: Question) -> dict[str, float]:
     return dict(zip(KINDS, simulation.alone_s().tolist(), strict=True))
 
 
-def _simulated(question: Question, way: Way, shares: dict[str, float]) -> Answer:
+def _simulated(question: Question, way: Way, shares: dict[str, float], tick_s: float | None = None) -> Answer:
     config = with_targets(with_bounds(question.config, question.max_replicas), shares)
-    outcome = Simulation(config, question.times, question.trace, question.shape, way=way).run()
+    outcome = Simulation(config, question.times, question.trace, question.shape, way=way, tick_s=tick_s).run()
     return Answer(question, way, outcome, shares)
 
 
-def _relaxed(kept: Answer) -> Answer:
-    """The same promise, with all that the config lets them hold for the modalities that need no less."""
-    for name in kept.question.scaled:
-        easier = _simulated(kept.question, kept.way, kept.target_shares | {name: 1.0})
-        if easier.keeps:
-            kept = easier
-    return kept
+def _cheapest(question: Question, way: Way) -> dict[str, float]:
+    """Shares of the targets with which the promise is kept at the least cost, looked for modality by modality.
+
+    Less of a target may be cheaper too: replicas that let much wait are ended when nothing waits, and then missed.
+    """
+    tick_s = max(TICK_S, min(LONGEST_TICK_S, question.trace.seconds / SEARCH_TICKS))
+    best = _simulated(question, way, dict.fromkeys(PARTS, 1.0), tick_s)
+    for name in reversed(question.scaled):  # the LM decides most
+        worse = 0
+        for share in TARGET_SHARES[1:]:
+            tried = _simulated(question, way, best.target_shares | {name: share}, tick_s)
+            worse = 0 if _rank(tried) < _rank(best) else worse + 1
+            best = min(best, tried, key=_rank)
+            if worse == 2:
+                break
+    return best.target_shares
+
+
+def _rank(found: Answer) -> tuple[float, float]:
+    """By how much a promise is missed, then by cost."""
+    missed = max(0.0, PROMISED - found.outcome.share_within(found.question.ttft_s or 0.0))
+    cost = found.dollars_per_hour
+    return missed, sum(found.hours.values()) if cost is None else cost
 
 
 def _require_reachable(question: Question) -> None:

@@ -8,13 +8,15 @@
 `measure` asks a service that does nothing else, one part after the other, and writes service times. `compare` sends an
 open loop of requests, text, images and speech at random times, to a service of one replica each, and prints seconds to
 the first token as measured and as simulated, with their ratio, as JSON, a line a load; exit code 1 if a p95 is more
-than 25% off. `speed` simulates every trace at 10,000 requests/s on a thousand replicas of an LM that is assumed to be
-fast, and prints the CPU seconds that this takes.
+than 25% off what is predicted for models in turns, or with a core each where this machine has that many. `speed`
+simulates every trace at 10,000 requests/s on a thousand replicas of an LM that is assumed to be fast, and prints the
+CPU seconds that this takes.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 import time
@@ -28,13 +30,14 @@ import numpy as np
 from cluster.capacity.changed_config import with_bounds
 from cluster.capacity.outcome import Outcome
 from cluster.capacity.service_times import ServiceTimes, load_service_times
-from cluster.capacity.simulation import Shape, Simulation
+from cluster.capacity.simulation import PARTS, Shape, Simulation, Way
 from cluster.capacity.traces import KINDS, Mix, Trace, TraceName, trace_of
 from serve_apps.builder import load_serve_config
 from tests.bench.service_times import QUIET, TOKENS, Asked, Caller, rounded, run_measure, serving, spoken_seconds
 from tests.serve_apps.conftest import Service
 
 ALLOWED = 0.25
+ALL = ("all", *KINDS)
 FIXED = dict.fromkeys(("clip.autoscaling", "whisper.autoscaling", "phi.autoscaling"))
 
 
@@ -54,11 +57,16 @@ async def load(service: Service, rps: float, mix: Mix, seconds: float) -> list[A
         return await asyncio.gather(*waiting)
 
 
-def predicted(times: ServiceTimes, rps: float, mix: Mix, prompt_tokens: int) -> Outcome:
+def nearest_way() -> Way:
+    """Models take turns, unless this machine has a core for each and more for HTTP and for who asks."""
+    return "apart" if len(os.sched_getaffinity(0)) > len(PARTS) + 1 else "packed"
+
+
+def predicted(times: ServiceTimes, rps: float, mix: Mix, prompt_tokens: int, way: Way) -> Outcome:
     """The same load on the same service, simulated for an hour."""
     shape = Shape(prompt_tokens, TOKENS, images=1, audio_seconds=spoken_seconds(1))
     config = load_serve_config("embedded", QUIET | FIXED)
-    return Simulation(config, times, Trace("steady", rps, mix, 3600.0), shape).run()
+    return Simulation(config, times, Trace("steady", rps, mix, 3600.0), shape, way=way).run()
 
 
 def run_compare(bundle: Path, times: ServiceTimes, loads: list[float], seconds: float) -> int:
@@ -70,28 +78,28 @@ def run_compare(bundle: Path, times: ServiceTimes, loads: list[float], seconds: 
             asked = asyncio.run(load(service, rps, mix, seconds))
             found = side_by_side(asked, times, rps, mix)
             print(json.dumps(rounded(found)), flush=True)
-            off.append(found["p95"]["ratio"])
+            off.append(found[nearest_way()]["p95"]["ratio"])
     furthest = max(off, key=lambda ratio: abs(ratio - 1))
     print(json.dumps({"p95_ratio_furthest_from_1": furthest, "p95_ratios": off}))
     return int(abs(furthest - 1) > ALLOWED)
 
 
 def side_by_side(asked: list[Asked], times: ServiceTimes, rps: float, mix: Mix) -> dict[str, Any]:
-    """Seconds to the first token, measured, predicted and their ratio; of each kind the first two."""
+    """Seconds to the first token, measured, and predicted with a core for each model and with models in turns."""
     prompt_tokens = int(median(a.prompt_tokens for a in asked if a.kind == "text"))
-    outcome = predicted(times, rps, mix, prompt_tokens)
     found: dict[str, Any] = {"rps": rps, "requests": len(asked), "prompt_tokens": prompt_tokens}
-    for name, share in (("p50", 0.5), ("p95", 0.95)):
-        measured = float(np.quantile([a.first_s for a in asked], share))
-        simulated = outcome.ttft(share) or 0.0
-        by_kind = {
-            kind: [
-                float(np.quantile([a.first_s for a in asked if a.kind == kind], share)),
-                outcome.ttft(share, kind),
-            ]
-            for kind in KINDS
-        }
-        found[name] = {"measured": measured, "predicted": simulated, "ratio": simulated / measured, "kinds": by_kind}
+    shares = {"p50": 0.5, "p95": 0.95}
+    measured = {
+        name: {kind: float(np.quantile([a.first_s for a in asked if kind in ("all", a.kind)], share)) for kind in ALL}
+        for name, share in shares.items()
+    }
+    found["measured"] = measured
+    for way in ("apart", "packed"):
+        outcome = predicted(times, rps, mix, prompt_tokens, way)
+        found[way] = {}
+        for name, share in shares.items():
+            by_kind = {kind: outcome.ttft(share, None if kind == "all" else kind) or 0.0 for kind in ALL}
+            found[way][name] = by_kind | {"ratio": by_kind["all"] / measured[name]["all"]}
     return found
 
 

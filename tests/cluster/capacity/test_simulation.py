@@ -23,7 +23,14 @@ QUICK = {"upscale_delay_s": 5, "downscale_delay_s": 20, "look_back_s": 10, "metr
 
 @pytest.fixture(scope="module")
 def times() -> ServiceTimes:
-    return load_service_times("embedded-cpu")
+    """Of a slower machine than the packaged ones: no new measurement moves these tests."""
+    values = load_service_times("embedded-cpu").model_dump()
+    values["ingress"]["seconds_per_request"] = 0.0149
+    values["vision"] |= {"start_seconds": 8.4, "seconds_per_batch": 0.0222, "seconds_per_image": 0.0053}
+    values["audio"] |= {"start_seconds": 3.5, "seconds_per_clip": 0.0, "seconds_per_second": 0.125}
+    values["text"] |= {"start_seconds": 18.0, "seconds_per_step": 0.0651, "seconds_per_answer": 0.0023}
+    values["text"]["seconds_per_position"] = 0.00053
+    return ServiceTimes.model_validate(values)
 
 
 def fixed(**replicas: int) -> ServeConfig:
