@@ -194,7 +194,7 @@ def _ray_container(pod: PodTemplate) -> Iterator[str]:
     if "readinessProbe" not in first and pod.owner["kind"] != "RayCluster":
         yield "Ray's container has no readinessProbe"
     writable = {m["mountPath"] for m in first.get("volumeMounts") or [] if not m.get("readOnly")}
-    if lacking := sorted({"/tmp", "/tmp/ray", "/dev/shm"} - writable):
+    if lacking := sorted({"/tmp", "/dev/shm"} - writable):
         yield f"nothing is mounted at {lacking[0]}, where Ray writes, and the root is read-only"
         return
     volumes = {volume["name"]: volume for volume in pod.spec.get("volumes") or []}
