@@ -12,9 +12,6 @@ import typer
 from cluster.cli import app
 from tests.docs.markdown import PAGES, ROOT, commands, links
 
-AWAITED = {"k8s"}
-"""Commands that pages may name before they are there."""
-
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -41,8 +38,6 @@ def problem(arguments: list[str]) -> str | None:
     command: Any = typer.main.get_command(app)
     words = list(arguments)
     while hasattr(command, "commands") and words and re.fullmatch(r"[a-z][a-z0-9-]*", words[0]):
-        if words[0] in AWAITED:
-            return None
         if words[0] not in command.commands:
             return f"no command '{words[0]}' in '{command.name or 'mmllm'}'"
         command = command.commands[words.pop(0)]
