@@ -217,7 +217,7 @@ def quantity(text: str) -> float:
     if number is None:
         return math.nan
     power = "KMGT".index(number[2]) + 1 if number[2] else 0
-    return float(number[1]) * (1024 if number[3] else 1000) ** power
+    return float(number[1]) * math.pow(1024 if number[3] else 1000, power)
 
 
 def _head(pod: PodTemplate) -> Iterator[str]:
