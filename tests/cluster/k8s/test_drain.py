@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,19 +89,20 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
+def pods() -> Iterator[Pods]:
     """Networks for a head and two workers, with nothing in them yet."""
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("nsenter") is None:
-        pytest.skip("namespaces need root, ip and nsenter")
+    needed = ("ip", "unshare", "nsenter", "ps", "pgrep", "curl")
+    if os.geteuid() != 0 or not all(map(shutil.which, needed)):
+        pytest.skip(f"namespaces need root and {', '.join(needed)}")
     bridge = f"mm{os.getpid() % 100000}"
-    made = Pods(tmp_path_factory.mktemp("pods"), bridge, {})
+    made = Pods(Path(tempfile.mkdtemp(prefix="mm")), bridge, {})  # a short path, for Ray's sockets lie below it
 
     def ip(*arguments: str, check: bool = True) -> None:
         subprocess.run(["ip", *arguments], check=check, capture_output=True)
 
-    if subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody make networks")
     try:
+        if subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], capture_output=True).returncode:
+            pytest.skip("this machine lets nobody make networks")
         ip("addr", "add", "10.77.13.254/24", "dev", bridge)
         ip("link", "set", bridge, "up")
         for index, (name, address) in enumerate(NODES.items()):
@@ -121,6 +124,7 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
             ip("link", "del", f"{bridge}{index}", check=False)
             ip("netns", "del", f"{bridge}-{name}", check=False)
         ip("link", "del", bridge, check=False)
+        shutil.rmtree(made.folder, ignore_errors=True)
 
 
 def until(pods: Pods, name: str, *command: str) -> str:
@@ -129,7 +133,7 @@ def until(pods: Pods, name: str, *command: str) -> str:
         done = pods.run(name, *command)
         if done.returncode == 0:
             return done.stdout
-        subprocess.run(["sleep", "0.5"], check=True)
+        time.sleep(0.5)
     raise AssertionError(f"{command}: {done.stdout}{done.stderr}")
 
 
