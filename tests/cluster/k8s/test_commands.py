@@ -110,6 +110,15 @@ def test_without_kubectl_it_says_what_to_install_in_one_line(tmp_path: Path) -> 
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_without_its_extra_it_says_which(rendered: Rendered) -> None:
+    code = "import sys; sys.modules['kubernetes_validate'] = None; from cluster.cli import main; main()"
+    command = [sys.executable, "-c", code, "k8s", "validate", "dev-cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "mmllm: kubernetes-validate is not installed: pip install 'mmllm[k8s]'\n"
+
+
 def test_without_a_cluster_a_comparison_says_so(
     rendered: Rendered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
