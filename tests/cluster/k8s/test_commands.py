@@ -97,7 +97,8 @@ def test_bad_input_is_one_line_each(own: Path) -> None:
     assert "my-cluster: kustomize cannot build it" in one_line(mmllm("validate", own.name))
     assert "nothing.yaml: cannot be read: No such file" in one_line(mmllm("diff", "prod-gpu", "nothing.yaml"))
     assert "--crds nowhere: cannot be read" in one_line(mmllm("validate", "dev-cpu", "--crds", "nowhere"))
-    assert "no overlays in nowhere" in one_line(mmllm("validate", "--folder", "nowhere"))
+    for command in (("validate",), ("render", "prod-gpu")):
+        assert "there are no manifests in nowhere" in one_line(mmllm(*command, "--folder", "nowhere"))
 
 
 def test_without_kubectl_it_says_what_to_install_in_one_line(tmp_path: Path) -> None:
