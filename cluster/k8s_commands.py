@@ -70,7 +70,7 @@ def validate(
     root = folder or default_root()
     names = [name] if name else [*overlays(root), *(f"jobs/{job}" for job in jobs(root))]
     if not names:
-        raise ConfigError(f"there are no overlays in {root}: name the folder k8s by --folder")
+        raise ConfigError(f"there are no manifests in {root}: name the folder k8s of a checkout by --folder")
     wrong = 0
     for each in names:
         target = _target(each, with_, folder)

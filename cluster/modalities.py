@@ -39,8 +39,6 @@ class Role:
     """Of the deployment whose replicas it holds."""
     field: str | None = None
     """Where that is in a `ServeConfig`."""
-    may_be_none: bool = False
-    """Whether there may be no pod of it while nobody asks."""
 
     @property
     def resource(self) -> str | None:
@@ -55,8 +53,8 @@ class Role:
 ROLES: dict[RoleName, Role] = {
     "head": Role(("serve", "train"), Limits("1", "4Gi"), Limits("4", "16Gi")),
     "ingress": Role(("serve",), Limits("1", "4Gi"), Limits("4", "8Gi"), IngressConfig, "ingress"),
-    "vision": Role(("vision",), Limits("1", "4Gi"), Limits("4", "16Gi", 1), ClipConfig, "clip", may_be_none=True),
-    "audio": Role(("audio",), Limits("1", "4Gi"), Limits("4", "16Gi", 1), WhisperConfig, "whisper", may_be_none=True),
+    "vision": Role(("vision",), Limits("1", "4Gi"), Limits("4", "16Gi", 1), ClipConfig, "clip"),
+    "audio": Role(("audio",), Limits("1", "4Gi"), Limits("4", "16Gi", 1), WhisperConfig, "whisper"),
     "text": Role(("text", "text-vllm"), Limits("2", "8Gi"), Limits("8", "48Gi", 1), PhiConfig, "phi"),
     "train": Role(("train",), None, Limits("8", "64Gi", 1)),
 }

@@ -25,8 +25,6 @@ class Outcome:
     """(n, 3) requests a second of each kind."""
     first_s: NDArray[np.float64]
     """(m,) seconds to the first token of the requests that are told."""
-    told_at: NDArray[np.float64]
-    """(m,) when they came."""
     kinds: NDArray[np.int64]
     """(m,) indices into `KINDS`."""
     weights: NDArray[np.float64]
@@ -88,7 +86,6 @@ class Record:
             {name: np.array([counts[name] for _, counts, _ in self._kept]) for name in names},
             np.array([rates for _, _, rates in self._kept]),
             np.array([request.seconds for request in told]),
-            np.array([request.came for request in told]),
             np.array([request.kind for request in told], np.int64),
             np.array([request.weight for request in told]),
             self.arrived,

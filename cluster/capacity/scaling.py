@@ -92,11 +92,6 @@ class Scaler:
             self._delays = Delays(0.0, min(down, self.scaling.look_back_s)) if on else Delays(up, down)
         self._hurried = on
 
-    @property
-    def next_start(self) -> float | None:
-        """When the next replica will run."""
-        return self.starting[0][0] if self.starting else None
-
     def desired(self, now: float, step_s: float, held: Held, per_request: float) -> int:
         """What the policy asks for, before delays.
 

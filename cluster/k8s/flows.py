@@ -83,6 +83,8 @@ def _from_outside(pods: dict[str, Peer]) -> Iterator[Flow]:
             for port in (GCS, RAYLET, DASHBOARD, CLIENT, SERVE, METRICS, WORKERS[0], AGENT):
                 yield Flow(stranger, peer, port, False)
         yield Flow(_OPERATOR, peer, DASHBOARD, component == "head")
+        yield Flow(_OPERATOR, peer, SERVE, component == "head")
+        yield Flow(_OPERATOR, peer, GCS, False)
         yield Flow(_PROMETHEUS, peer, SERVE, False)
         yield Flow(_PROMETHEUS, peer, DASHBOARD, False)
 

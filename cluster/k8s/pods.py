@@ -194,7 +194,7 @@ def _ray_container(pod: PodTemplate) -> Iterator[str]:
     if "readinessProbe" not in first and pod.owner["kind"] != "RayCluster":
         yield "Ray's container has no readinessProbe"
     writable = {m["mountPath"] for m in first.get("volumeMounts") or [] if not m.get("readOnly")}
-    if lacking := sorted({"/tmp", "/tmp/ray", "/dev/shm"} - writable):
+    if lacking := sorted({"/tmp", "/dev/shm"} - writable):
         yield f"nothing is mounted at {lacking[0]}, where Ray writes, and the root is read-only"
         return
     volumes = {volume["name"]: volume for volume in pod.spec.get("volumes") or []}
@@ -217,8 +217,7 @@ def quantity(text: str) -> float:
     if number is None:
         return math.nan
     power = "KMGT".index(number[2]) + 1 if number[2] else 0
-    unit: int = (1024 if number[3] else 1000) ** power
-    return float(number[1]) * unit
+    return float(number[1]) * math.pow(1024 if number[3] else 1000, power)
 
 
 def _head(pod: PodTemplate) -> Iterator[str]:

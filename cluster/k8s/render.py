@@ -79,8 +79,10 @@ def find_target(
     folder = next(
         (f for f in (root / "overlays" / name, root / name, Path(name)) if (f / "kustomization.yaml").is_file()), None
     )
+    if folder is None and not overlays(root):
+        raise ConfigError(f"there are no manifests in {root}: name the folder k8s of a checkout by --folder")
     if folder is None:
-        known = ", ".join([*overlays(root), *(f"jobs/{job}" for job in jobs(root))]) or f"none in {root}"
+        known = ", ".join([*overlays(root), *(f"jobs/{job}" for job in jobs(root))])
         raise ConfigError(
             f"k8s target '{name}' is unknown: choose one of {known}, or a folder with a kustomization.yaml"
         )

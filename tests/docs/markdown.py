@@ -27,7 +27,7 @@ class Block:
     """The file that the block is, below the folder that the tutorial runs in."""
     mark: str | None
     """`run`, and after a colon how: `checkout` (in the repository), `prints "TEXT"`, `until "TEXT"` (it stays running
-    and the next block is for when it has said so), `where mmllm k8s is`."""
+    and the next block is for when it has said so), `where kubectl is`."""
 
 
 def blocks(page: Path) -> Iterator[Block]:

@@ -25,7 +25,9 @@ from tests.train_jobs.conftest import compiled_ops  # noqa: F401, fixture
 pytestmark = pytest.mark.slow
 
 TUTORIALS = ROOT / "docs" / "tutorials"
-_MARK = re.compile(r'run(?:: (?:(?P<checkout>checkout)|(?P<how>prints|until) "(?P<text>[^"]+)"|where (?P<where>.+)))?')
+_MARK = re.compile(
+    r'run(?:: (?:(?P<checkout>checkout)|(?P<how>prints|until) "(?P<text>[^"]+)"|where (?P<where>.+) is))?'
+)
 
 
 @dataclass(frozen=True)

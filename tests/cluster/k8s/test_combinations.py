@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.k8s.manifests import of_kind
+from cluster.k8s.manifests import of_kind, pod_templates
 from cluster.k8s.render import COMPONENTS, Target, conflict, find_target, jobs, overlays, render
 from cluster.k8s.schemas import core_findings
 from cluster.k8s.validation import validate
@@ -123,6 +123,13 @@ def test_a_setting_that_changes_rolls_the_pods(rendered: Rendered) -> None:
             assert read == {"configMapRef": {"name": names[-1]}}
             assert cluster["autoscalerOptions"]["envFrom"][0] == read
     assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("target", ["dev-cpu", "jobs/instruct"])
+def test_all_pods_of_ray_can_open_the_object_store(rendered: Rendered, target: str) -> None:
+    for pod in pod_templates(rendered(target, "s3-storage")):
+        if pod.group is not None:
+            assert {"secretRef": {"name": "mmllm-s3"}} in pod.spec["containers"][0]["envFrom"], pod.where
 
 
 def test_the_dashboard_is_the_one_of_the_documentation() -> None:

@@ -97,7 +97,8 @@ def test_bad_input_is_one_line_each(own: Path) -> None:
     assert "my-cluster: kustomize cannot build it" in one_line(mmllm("validate", own.name))
     assert "nothing.yaml: cannot be read: No such file" in one_line(mmllm("diff", "prod-gpu", "nothing.yaml"))
     assert "--crds nowhere: cannot be read" in one_line(mmllm("validate", "dev-cpu", "--crds", "nowhere"))
-    assert "no overlays in nowhere" in one_line(mmllm("validate", "--folder", "nowhere"))
+    for command in (("validate",), ("render", "prod-gpu")):
+        assert "there are no manifests in nowhere" in one_line(mmllm(*command, "--folder", "nowhere"))
 
 
 def test_without_kubectl_it_says_what_to_install_in_one_line(tmp_path: Path) -> None:
@@ -108,6 +109,15 @@ def test_without_kubectl_it_says_what_to_install_in_one_line(tmp_path: Path) -> 
     assert done.stderr.startswith("mmllm: kubectl is not installed")
     assert done.stderr.endswith("install kubectl 1.30\n")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_without_its_extra_it_says_which(rendered: Rendered) -> None:
+    code = "import sys; sys.modules['kubernetes_validate'] = None; from cluster.cli import main; main()"
+    command = [sys.executable, "-c", code, "k8s", "validate", "dev-cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "mmllm: kubernetes-validate is not installed: pip install 'mmllm[k8s]'\n"
 
 
 def test_without_a_cluster_a_comparison_says_so(

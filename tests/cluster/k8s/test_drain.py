@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +44,8 @@ class Pods:
     """Nodes of a Ray cluster, each in namespaces of its own."""
 
     folder: Path
-    bridge: str
+    prefix: str
+    """Of network namespaces' names."""
     processes: dict[str, "subprocess.Popen[bytes]"]
 
     def start(self, name: str, *options: str) -> None:
@@ -53,7 +56,7 @@ class Pods:
         inside = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command]
         with (self.folder / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
-                ["ip", "netns", "exec", f"{self.bridge}-{name}", *inside], stdout=log, stderr=log, env=environment()
+                ["ip", "netns", "exec", f"{self.prefix}-{name}", *inside], stdout=log, stderr=log, env=environment()
             )
         self.processes[name] = process
 
@@ -87,40 +90,41 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
+def pods() -> Iterator[Pods]:
     """Networks for a head and two workers, with nothing in them yet."""
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("nsenter") is None:
-        pytest.skip("namespaces need root, ip and nsenter")
-    bridge = f"mm{os.getpid() % 100000}"
-    made = Pods(tmp_path_factory.mktemp("pods"), bridge, {})
+    needed = ("ip", "unshare", "nsenter", "ps", "pgrep", "curl")
+    if os.geteuid() != 0 or not all(map(shutil.which, needed)):
+        pytest.skip(f"namespaces need root and {', '.join(needed)}")
+    prefix = f"mmllm{os.getpid()}"
+    made = Pods(Path(tempfile.mkdtemp(prefix="mm")), prefix, {})  # a short path, for Ray's sockets lie below it
+    switch = f"{prefix}-switch"  # in a network of its own too: the machine's is left as it is
 
     def ip(*arguments: str, check: bool = True) -> None:
         subprocess.run(["ip", *arguments], check=check, capture_output=True)
 
-    if subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody make networks")
     try:
-        ip("addr", "add", "10.77.13.254/24", "dev", bridge)
-        ip("link", "set", bridge, "up")
-        for index, (name, address) in enumerate(NODES.items()):
-            space = f"{bridge}-{name}"
+        if subprocess.run(["ip", "netns", "add", switch], capture_output=True).returncode:
+            pytest.skip("this machine lets nobody make networks")
+        ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+        ip("-n", switch, "link", "set", "bridge", "up")
+        for name, address in NODES.items():
+            space = f"{prefix}-{name}"
             ip("netns", "add", space)
-            ip("link", "add", f"{bridge}{index}", "type", "veth", "peer", "name", "eth0", "netns", space)
-            ip("link", "set", f"{bridge}{index}", "master", bridge, "up")
+            ip("link", "add", name, "netns", switch, "type", "veth", "peer", "name", "eth0", "netns", space)
+            ip("-n", switch, "link", "set", name, "master", "bridge", "up")
             ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
             ip("-n", space, "link", "set", "eth0", "up")
             ip("-n", space, "link", "set", "lo", "up")
-            ip("-n", space, "route", "add", "default", "via", "10.77.13.254")
+            ip("-n", space, "route", "add", "default", "dev", "eth0")
         yield made
     finally:
         for process in made.processes.values():
             process.kill()
         for process in made.processes.values():
             process.wait(30)
-        for index, name in enumerate(NODES):
-            ip("link", "del", f"{bridge}{index}", check=False)
-            ip("netns", "del", f"{bridge}-{name}", check=False)
-        ip("link", "del", bridge, check=False)
+        for name in (*NODES, "switch"):
+            ip("netns", "del", f"{prefix}-{name}", check=False)
+        shutil.rmtree(made.folder, ignore_errors=True)
 
 
 def until(pods: Pods, name: str, *command: str) -> str:
@@ -129,7 +133,7 @@ def until(pods: Pods, name: str, *command: str) -> str:
         done = pods.run(name, *command)
         if done.returncode == 0:
             return done.stdout
-        subprocess.run(["sleep", "0.5"], check=True)
+        time.sleep(0.5)
     raise AssertionError(f"{command}: {done.stdout}{done.stderr}")
 
 

@@ -110,6 +110,12 @@ OF_THE_SERVICE = [
         lambda m: (_set(f"{TEXT}.minReplicas", 0)(m), _set(f"{TEXT}.replicas", 0)(m)),
         "too few pods",
     ),
+    Fault(
+        "no LM to ask",
+        "RayService",
+        _serve("{min_replicas: 1, max_replicas: 4, target_tokens", "{min_replicas: 0, max_replicas: 4, target_tokens"),
+        "'phi.autoscaling.min_replicas': Input should be greater",
+    ),
     # images and versions
     Fault(
         "an image that moves",

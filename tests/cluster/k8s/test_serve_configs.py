@@ -48,7 +48,7 @@ def test_the_application_is_built_by_it(
         assert asked.get("resources", {}).keys() == ({role.resource} if role.resource else set())
         scaling = deployment._deployment_config.autoscaling_config
         assert scaling.max_replicas == getattr(config, str(role.field)).max_replicas
-        assert (scaling.min_replicas == 0) == role.may_be_none
+        assert (scaling.min_replicas == 0) == (role.resource in ("vision", "audio"))
         # No request is cut off when a replica is let go.
         assert deployment._deployment_config.graceful_shutdown_timeout_s >= config.limits.request_timeout_s
 
