@@ -7,8 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.local import MODALITIES, Shape, running_ray
-from cluster.local_cluster import hold, local_cluster, start, stop
+from cluster.local import MODALITIES, running_ray
+from cluster.local_cluster import Shape, hold, local_cluster, start, stop
 from mmllm_core.errors import EnvironmentLack
 
 cluster_app = typer.Typer(help="A local Ray cluster of several nodes.", no_args_is_help=True)
@@ -27,7 +27,7 @@ def up(
     """Start a cluster in the background: it asks for a token, and only this machine sees its dashboard."""
     from train_jobs.accelerators import usable_cores
 
-    shape = Shape(cpus=cpus or max(1, usable_cores() // workers), workers=workers, dashboard=True)
+    shape = Shape(workers, cpus or max(1, usable_cores() // workers))
     if stay:
         hold(shape)
         return

@@ -112,7 +112,8 @@ def jobs_of(address: str | None) -> Iterator["JobSubmissionClient"]:
                 del os.environ["RAY_API_SERVER_ADDRESS"]
             else:
                 os.environ["RAY_API_SERVER_ADDRESS"] = before
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for module in ("job.sdk", "dashboard_sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.WARNING)
         yield client
 
 

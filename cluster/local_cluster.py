@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine that outlives the command that starts it: a head, and worker nodes as processes.
+"""A Ray cluster on this machine that outlives the command that starts it: a head, and worker nodes, each a raylet.
 
 A process in the background holds it, and it ends with that process. Only one of them runs for each home; the token that
 it asks for, and where it is, is kept in `cluster.ray_record`.
@@ -9,18 +9,31 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from cluster.local import Shape, own_ray
-from cluster.ray_record import RunningRay, running_rays, token_is_named
-from cluster.server import wait_for_ever
+from cluster.local import MODALITIES, MODALITY_SHARES, interruptible, n_gpus
+from cluster.ray_record import RunningRay, recording, running_rays, token_is_named
 from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.home import home
 
 ENDS_WITHIN_S = 60.0
+OBJECT_STORE_BYTES = 2**29
+"""Of each node's shared memory for objects, which is taken as it is used."""
 _HELD = "cluster up"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a cluster; the head runs no work, as on Kubernetes."""
+
+    workers: int
+    """Nodes beside the head."""
+    cpus: int
+    """That Ray counts on each of them."""
 
 
 def local_cluster() -> RunningRay | None:
@@ -69,9 +82,36 @@ def start(shape: Shape) -> RunningRay:
 
 
 def hold(shape: Shape) -> None:
-    """Be the cluster until SIGTERM or Ctrl-C."""
-    with own_ray(shape):
-        wait_for_ever()
+    """Be the cluster until SIGTERM or Ctrl-C, or until its head ends.
+
+    Raises:
+        EnvironmentLack: a node did not start, or the head has ended; or the home folder cannot be written.
+    """
+    from ray.cluster_utils import Cluster
+
+    from serve_apps.proxy import PROXY_ENVIRONMENT
+
+    os.environ.update(PROXY_ENVIRONMENT)
+    # Agents take any free port: another Ray here may have the usual one, and a node without its agent takes no job.
+    common = {"dashboard_agent_listen_port": None, "object_store_memory": OBJECT_STORE_BYTES}
+    resources = dict.fromkeys(MODALITIES, MODALITY_SHARES)
+    with ExitStack() as stack:
+        publish = stack.enter_context(recording())
+        cluster = Cluster()
+        stack.callback(cluster.shutdown)
+        try:
+            head = cluster.add_node(num_cpus=0, include_dashboard=True, **common)
+            for number in range(shape.workers):
+                # Ray numbers GPUs from 0 on each node, so that only one node can have those of a machine.
+                gpus = n_gpus() if number == 0 else 0
+                cluster.add_node(num_cpus=shape.cpus, num_gpus=gpus, resources=resources, **common)
+        except Exception as error:  # Ray's own, which has no type
+            raise EnvironmentLack(f"a node did not start ({error}): ask for fewer, with --workers") from error
+        publish(cluster.address, f"http://{cluster.webui_url}")
+        stack.enter_context(interruptible())
+        while not head.dead_processes():
+            time.sleep(1)
+        raise EnvironmentLack("a process of the head has ended, and the cluster with it")
 
 
 def stop() -> RunningRay:
