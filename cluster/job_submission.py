@@ -55,7 +55,6 @@ class Job:
     """Variables of the job's processes. Whoever sees the dashboard can read them."""
     pinned: bool = True
     """Whether all nodes must have the versions of packages that this machine has."""
-    resources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def entrypoint(self) -> str:
