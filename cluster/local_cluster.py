@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +48,7 @@ def start(shape: Shape) -> RunningRay:
     Raises:
         EnvironmentLack: one runs already, the environment names a token of its own, or it did not start.
     """
-    if running := local_cluster():
-        raise EnvironmentLack(f"a cluster runs at {running.address} already: end it with 'mmllm cluster down'")
-    if token_is_named():
-        raise EnvironmentLack(
-            "the environment names a Ray token (RAY_AUTH_...), and a cluster here has one of its own: unset it"
-        )
+    _require_room()
     log = log_file()
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -73,24 +69,35 @@ def start(shape: Shape) -> RunningRay:
             start_new_session=True,
             env=environment,
         )
-    while not (found := local_cluster()):
-        if process.poll() is not None:
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise EnvironmentLack(f"the cluster did not start: {said[-1] if said else 'it said nothing'} (see {log})")
-        time.sleep(0.1)
+    try:
+        while not (found := local_cluster()):
+            if process.poll() is not None:
+                said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                why = said[-1].removeprefix("mmllm: ") if said else "it said nothing"
+                raise EnvironmentLack(f"the cluster did not start: {why} (see {log})")
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
     return found
 
 
-def hold(shape: Shape) -> None:
+def hold(shape: Shape, ready: Callable[[RunningRay], object]) -> None:
     """Be the cluster until SIGTERM or Ctrl-C, or until its head ends.
 
+    Args:
+        ready: is told of the cluster as soon as all of its nodes are there.
+
     Raises:
-        EnvironmentLack: a node did not start, or the head has ended; or the home folder cannot be written.
+        EnvironmentLack: one runs already, the environment names a token of its own, a node did not start, the head has
+            ended, or the home folder cannot be written.
     """
     from ray.cluster_utils import Cluster
 
     from serve_apps.proxy import PROXY_ENVIRONMENT
 
+    _require_room()
     os.environ.update(PROXY_ENVIRONMENT)
     # Agents take any free port: another Ray here may have the usual one, and a node without its agent takes no job.
     common = {"dashboard_agent_listen_port": None, "object_store_memory": OBJECT_STORE_BYTES}
@@ -108,6 +115,8 @@ def hold(shape: Shape) -> None:
         except Exception as error:  # Ray's own, which has no type
             raise EnvironmentLack(f"a node did not start ({error}): ask for fewer, with --workers") from error
         publish(cluster.address, f"http://{cluster.webui_url}")
+        if found := local_cluster():
+            ready(found)
         stack.enter_context(interruptible())
         while not head.dead_processes():
             time.sleep(1)
@@ -134,6 +143,15 @@ def stop() -> RunningRay:
             f"process {running.pid} does not end: kill it, and what it started ends (see {log_file()})"
         ) from error
     return running
+
+
+def _require_room() -> None:
+    if running := local_cluster():
+        raise EnvironmentLack(f"a cluster runs at {running.address} already: end it with 'mmllm cluster down'")
+    if token_is_named():
+        raise EnvironmentLack(
+            "the environment names a Ray token (RAY_AUTH_...), and a cluster here has one of its own: unset it"
+        )
 
 
 def log_file() -> Path:
