@@ -111,7 +111,11 @@ def hold(shape: Shape, ready: Callable[[RunningRay], object]) -> None:
             for number in range(shape.workers):
                 # Ray numbers GPUs from 0 on each node, so that only one node can have those of a machine.
                 gpus = n_gpus() if number == 0 else 0
-                cluster.add_node(num_cpus=shape.cpus, num_gpus=gpus, resources=resources, **common)
+                # Each unpacks what a job brings in a folder of its own, or it would clear away what others work in.
+                brought = f"runtime_resources_{number + 1}"
+                cluster.add_node(
+                    num_cpus=shape.cpus, num_gpus=gpus, resources=resources, runtime_env_dir_name=brought, **common
+                )
         except Exception as error:  # Ray's own, which has no type
             raise EnvironmentLack(f"a node did not start ({error}): ask for fewer, with --workers") from error
         publish(cluster.address, f"http://{cluster.webui_url}")
