@@ -7,9 +7,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from cluster.local import Shape, running_ray
-from cluster.local_cluster import hold, local_cluster, start, stop
+from cluster.local import running_ray
+from cluster.local_cluster import Shape, hold, local_cluster, start, stop
 from cluster.modalities import RESOURCES
+from cluster.ray_record import RunningRay
 from mmllm_core.errors import EnvironmentLack
 
 cluster_app = typer.Typer(help="A local Ray cluster of several nodes.", no_args_is_help=True)
@@ -28,16 +29,20 @@ def up(
     """Start a cluster in the background: it asks for a token, and only this machine sees its dashboard."""
     from train_jobs.accelerators import usable_cores
 
-    shape = Shape(cpus=cpus or max(1, usable_cores() // workers), workers=workers, dashboard=True)
+    shape = Shape(workers, cpus or max(1, usable_cores() // workers))
     if stay:
-        hold(shape)
+        hold(shape, _tell)
         return
     with console.status(f"starting a head and {workers} worker nodes"):
         found = start(shape)
+    _tell(found)
+    console.print("end it: mmllm cluster down", highlight=False)
+
+
+def _tell(found: RunningRay) -> None:
     console.print(
         f"Ray: {found.address}   dashboard: {found.dashboard}   token: {found.token_file}\n"
-        f"on it:  RAY_ADDRESS={found.address} mmllm train ...   or   mmllm submit train ...\n"
-        "end it: mmllm cluster down",
+        f"on it:  RAY_ADDRESS={found.address} mmllm train ...   or   mmllm submit train ...",
         highlight=False,
         soft_wrap=True,
     )

@@ -37,6 +37,11 @@ LEFT_OUT = (
 STOPPED = 128 + 15
 """Exit code of a job that was stopped, as of a command that SIGTERM ends."""
 
+_TALKATIVE = (
+    *("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk"),
+    *("_private.runtime_env.packaging", "_private.runtime_env.working_dir"),
+)
+"""Of Ray's modules, those that tell of every file that is left out."""
 _STOP_WITHIN_S = 30
 _READY_WITHIN_S = 60.0
 _LOST_AFTER = 10
@@ -55,7 +60,6 @@ class Job:
     """Variables of the job's processes. Whoever sees the dashboard can read them."""
     pinned: bool = True
     """Whether all nodes must have the versions of packages that this machine has."""
-    resources: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def entrypoint(self) -> str:
@@ -112,7 +116,8 @@ def jobs_of(address: str | None) -> Iterator["JobSubmissionClient"]:
                 del os.environ["RAY_API_SERVER_ADDRESS"]
             else:
                 os.environ["RAY_API_SERVER_ADDRESS"] = before
-        logging.getLogger("ray").setLevel(logging.WARNING)
+        for module in _TALKATIVE:
+            logging.getLogger(f"ray.{module}").setLevel(logging.ERROR)
         yield client
 
 

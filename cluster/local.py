@@ -10,7 +10,6 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Annotated, NoReturn
 
 import typer
@@ -19,6 +18,9 @@ from cluster.modalities import RESOURCES
 from cluster.pins import PINS, require_pins
 from cluster.ray_record import find_running, recording, showing_token, token_is_named
 from mmllm_core.errors import EnvironmentLack
+
+MODALITY_SHARES = 8.0
+"""Of each modality's resource, on a node of our own."""
 
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every worker.")]
 """The option of every command that starts a Ray of its own."""
@@ -42,18 +44,6 @@ def quieten() -> None:
             os.environ.setdefault(name, value)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of a Ray on this machine."""
-
-    cpus: int
-    """That Ray counts on each node that runs work."""
-    workers: int = 0
-    """Nodes beside the head, each a raylet of its own; with any, the head runs no work, as on Kubernetes."""
-    dashboard: bool = False
-    """Whether there is one, on loopback: the Jobs API is a part of it."""
-
-
 @contextmanager
 def local_ray(*, verbose: bool = False) -> Iterator[None]:
     """Run the block on a Ray that belongs to this process, or on the cluster that `RAY_ADDRESS` names.
@@ -65,53 +55,42 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
         EnvironmentLack: the cluster cannot be joined or has other packages than a submitted job was pinned to, or the
             home folder cannot be written.
     """
-    from train_jobs.accelerators import usable_cores
-
     with ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, signal.default_int_handler)
         if os.environ.get("RAY_ADDRESS"):
             stack.enter_context(running_ray(verbose=verbose))
-            stack.enter_context(_interruptible(verbose))
+            stack.enter_context(interruptible(verbose=verbose))
             if pins := os.environ.get(PINS):
                 require_pins(json.loads(pins))
         else:
-            # Two CPUs at least: two workers then share the one core of a small machine, slowly.
-            stack.enter_context(own_ray(Shape(cpus=max(2, usable_cores())), verbose=verbose))
+            stack.enter_context(_own_ray(verbose=verbose))
         yield
 
 
 @contextmanager
-def own_ray(shape: Shape, *, verbose: bool = False) -> Iterator[None]:
-    """Run the block on a Ray that belongs to this process, which ends as the block does.
-
-    Raises:
-        EnvironmentLack: the home folder cannot be written, or a worker node did not start.
-    """
+def _own_ray(*, verbose: bool) -> Iterator[None]:
     import ray
 
-    from cluster.worker_nodes import worker_nodes
     from serve_apps.proxy import PROXY_ENVIRONMENT
+    from train_jobs.accelerators import usable_cores
 
-    resources = dict.fromkeys(RESOURCES, 8.0)
     with ExitStack() as stack:
         os.environ.update(PROXY_ENVIRONMENT)
         # Ray asks for a token by default, and would share one of this user's in a file that others may read.
         publish = None if token_is_named() else stack.enter_context(recording())
-        found = ray.init(
-            address="local",  # else it goes to what `ray start` noted on this machine, alive or dead
-            num_cpus=0 if shape.workers else shape.cpus,
-            resources={} if shape.workers else resources,
-            include_dashboard=shape.dashboard,
+        # Two CPUs at least: two workers then share the one core of a small machine, slowly.
+        ray.init(
+            "local",  # else it goes to what `ray start` noted on this machine, alive or dead
+            num_cpus=max(2, usable_cores()),
+            resources=dict.fromkeys(RESOURCES, MODALITY_SHARES),
+            include_dashboard=False,
             log_to_driver=verbose,
             logging_level=_level(verbose),
         )
         stack.callback(ray.shutdown)
-        address = ray.get_runtime_context().gcs_address
-        if shape.workers:
-            stack.enter_context(worker_nodes(address, shape.workers, cpus=shape.cpus, resources=resources))
         if publish is not None:
-            publish(address, f"http://{found.dashboard_url}" if shape.dashboard else None)
-        with _interruptible(verbose):
+            publish(ray.get_runtime_context().gcs_address)
+        with interruptible(verbose=verbose):
             yield
 
 
@@ -139,7 +118,7 @@ def running_ray(*, verbose: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible(verbose: bool) -> Iterator[None]:
+def interruptible(*, verbose: bool = False) -> Iterator[None]:
     """End the block by Ctrl-C and SIGTERM, and let nothing interrupt what is ended after it."""
     # After Ray, which sets handlers of its own; and a shell may have started us with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -186,6 +165,15 @@ def require_listener(address: str) -> None:
     if not (host and port.isdigit()):
         raise ValueError("this is neither a URL nor HOST:PORT")
     socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def n_gpus() -> int:
+    """GPUs of this machine that torch can use."""
+    if not _has_cuda():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _level(verbose: bool) -> int:

@@ -49,7 +49,9 @@ def require_pins(wanted: Mapping[str, str]) -> None:
     for node in ray.nodes():
         if node["Alive"]:
             place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[f"node {node['NodeManagerAddress']}"] = task.options(scheduling_strategy=place).remote(names)
+            asked[f"node {node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = task.options(
+                scheduling_strategy=place
+            ).remote(names)
     differing = []
     for place, found in zip(asked, ray.get(list(asked.values())), strict=True):
         differing += [

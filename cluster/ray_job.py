@@ -1,34 +1,24 @@
 """A job as a RayJob manifest for Kubernetes: KubeRay starts a cluster for it, runs it, tries it again and cleans up.
 
-In: a `Job`, and how many pods of which image. Out: YAML. Recipes that are files go along in a ConfigMap; all else that
-the job reads is in the image or on the volumes of the `mmllm` namespace. Pods satisfy the pod security standard
-`restricted`. Does not talk to Kubernetes.
+In: a `Job`, and how many pods of which image. Out: YAML that needs nothing but the namespace, the volumes and the
+accounts of `k8s/base`. It is the job of `k8s/jobs/base` with another command; recipes that are files go along in a
+ConfigMap, and all else that the job reads is in the image or on the volumes. Does not talk to Kubernetes.
 """
 
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cluster.job_submission import Job
-from mmllm_core.errors import ConfigError
+from mmllm_core.errors import ConfigError, EnvironmentLack
 
-RAY_VERSION = "2.60.0"
-NAMESPACE = "mmllm"
 _LARGEST_NAME = 47
 """KubeRay appends to a RayJob's name, and 63 characters are the most of Kubernetes."""
 _FILES = "/etc/mmllm/job"
-_HOME = "/var/lib/mmllm"
-_CLAIMS = {
-    "bundles": "bundles",
-    "features": "features",
-    "checkpoints": "ray",
-    "data": "data",
-    "weights": "weights",
-}
-"""Volume claims `mmllm-NAME`, and where each lies in the home folder."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +26,12 @@ class RayJobOptions:
     """Of the cluster that is made for one job."""
 
     name: str | None
+    """One is made up if None."""
     image: str
     nodes: int
+    """Worker pods."""
     retries: int
     """How often KubeRay starts the job again, on a new cluster; training goes on from its last checkpoint."""
-    keep_s: int = 3600
-    """How long the job and its log stay after it has ended."""
 
 
 def manifest(job: Job, options: RayJobOptions) -> str:
@@ -49,36 +39,40 @@ def manifest(job: Job, options: RayJobOptions) -> str:
 
     Raises:
         ConfigError: the name is none of Kubernetes', or a file is too large for a ConfigMap.
+        EnvironmentLack: there is no `k8s` beside this package, which was not installed from a checkout.
     """
     name = options.name or f"mmllm-{job.arguments[0]}-{secrets.token_hex(3)}"
     if len(name) > _LARGEST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
             f"--name {name}: Kubernetes takes at most {_LARGEST_NAME} small letters, digits and hyphens, a letter first"
         )
+    root = Path(__file__).resolve().parents[1] / "k8s"
+    try:
+        ray_job = yaml.safe_load((root / "jobs/base/rayjob.yaml").read_text(encoding="utf-8"))
+        lines = (root / "components/settings/settings.env").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise EnvironmentLack(f"{error.filename}: not found: install mmllm from a checkout of it") from error
+    settings = dict(line.split("=", 1) for line in lines if "=" in line)
     files = _files(job)
     arguments = tuple(f"{_FILES}/{files[item]}" if item in files else item for item in job.arguments)
-    placed = Job(arguments, job.folder, job.environment, job.pinned)
-    documents: list[dict[str, Any]] = []
+    placed = replace(job, arguments=arguments)
+
+    spec = ray_job["spec"]
+    ray_job["metadata"]["name"] = name
+    spec["entrypoint"] = placed.entrypoint
+    spec["runtimeEnvYAML"] = yaml.safe_dump({"env_vars": placed.variables()}, sort_keys=True)
+    spec["backoffLimit"] = options.retries
+    (workers,) = spec["rayClusterSpec"]["workerGroupSpecs"]
+    for count in ("replicas", "minReplicas", "maxReplicas"):
+        workers[count] = options.nodes
+    maps = [_config_map(ray_job, f"{name}-settings", settings)]
     if files:
-        data = {key: (job.folder / path).read_text(encoding="utf-8") for path, key in files.items()}
-        documents.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(name), "data": data})
-    documents.append(
-        {
-            "apiVersion": "ray.io/v1",
-            "kind": "RayJob",
-            "metadata": _metadata(name),
-            "spec": {
-                "entrypoint": placed.entrypoint,
-                "runtimeEnvYAML": yaml.safe_dump({"env_vars": placed.variables()}, sort_keys=True),
-                "submissionMode": "K8sJobMode",
-                "backoffLimit": options.retries,
-                "shutdownAfterJobFinishes": True,
-                "ttlSecondsAfterFinished": options.keep_s,
-                "rayClusterSpec": _cluster(name, options, bool(files)),
-            },
-        }
-    )
-    return yaml.safe_dump_all(documents, sort_keys=False)
+        read = {key: (job.folder / path).read_text(encoding="utf-8") for path, key in files.items()}
+        maps.append(_config_map(ray_job, f"{name}-files", read))
+    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]
+    for template in (spec["submitterPodTemplate"], head, workers["template"]):
+        template["spec"] = _pod(template["spec"], options.image, name, with_files=bool(files))
+    return yaml.dump_all([*maps, ray_job], Dumper=_WithoutAnchors, sort_keys=False)
 
 
 def _files(job: Job) -> dict[str, str]:
@@ -93,73 +87,23 @@ def _files(job: Job) -> dict[str, str]:
     return found
 
 
-def _metadata(name: str) -> dict[str, Any]:
-    return {"name": name, "namespace": NAMESPACE, "labels": {"app.kubernetes.io/part-of": "mmllm"}}
+def _config_map(ray_job: dict[str, Any], name: str, data: dict[str, str]) -> dict[str, Any]:
+    metadata = {key: ray_job["metadata"][key] for key in ("namespace", "labels")}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name} | metadata, "data": data}
 
 
-def _cluster(name: str, options: RayJobOptions, with_files: bool) -> dict[str, Any]:
-    return {
-        "rayVersion": RAY_VERSION,
-        "authOptions": {"mode": "token", "secretName": "mmllm-ray-token"},
-        "headGroupSpec": {
-            "serviceType": "ClusterIP",
-            "resources": {"CPU": "0"},
-            "rayStartParams": {"dashboard-host": "0.0.0.0"},
-            "template": _pod(name, options, with_files, role="head", cpu="2", memory="8Gi"),
-        },
-        "workerGroupSpecs": [
-            {
-                "groupName": "train",
-                "replicas": options.nodes,
-                "minReplicas": options.nodes,
-                "maxReplicas": options.nodes,
-                "rayStartParams": {},
-                "template": _pod(name, options, with_files, role="worker", cpu="4", memory="16Gi"),
-            }
-        ],
-    }
-
-
-def _pod(name: str, options: RayJobOptions, with_files: bool, *, role: str, cpu: str, memory: str) -> dict[str, Any]:
-    mounts = [{"name": claim, "mountPath": f"{_HOME}/{folder}"} for claim, folder in _CLAIMS.items()]
-    volumes: list[dict[str, Any]] = [
-        {"name": claim, "persistentVolumeClaim": {"claimName": f"mmllm-{claim}"}} for claim in _CLAIMS
-    ]
-    mounts += [{"name": "shared-memory", "mountPath": "/dev/shm"}, {"name": "tmp", "mountPath": "/tmp"}]
-    volumes += [
-        {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
-        {"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}},
-    ]
+def _pod(pod: dict[str, Any], image: str, name: str, *, with_files: bool) -> dict[str, Any]:
+    """Of another image, with the job's own settings and files."""
+    (container,) = pod["containers"]
+    container = container | {"image": image, "envFrom": [{"configMapRef": {"name": f"{name}-settings"}}]}
+    volumes = pod["volumes"]
     if with_files:
-        mounts.append({"name": "job", "mountPath": _FILES})
-        volumes.append({"name": "job", "configMap": {"name": name}})
-    limits = {"cpu": cpu, "memory": memory}
-    container = {
-        "name": f"ray-{role}",
-        "image": options.image,
-        "envFrom": [{"configMapRef": {"name": "mmllm-settings"}}],
-        "resources": {"requests": dict(limits), "limits": dict(limits)},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-        "volumeMounts": mounts,
-    }
-    return {
-        "metadata": {"labels": {"app.kubernetes.io/part-of": "mmllm", "app.kubernetes.io/instance": name}},
-        "spec": {
-            "serviceAccountName": "mmllm-worker",
-            "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
-            "securityContext": {
-                "runAsNonRoot": True,
-                "runAsUser": 10001,
-                "runAsGroup": 10001,
-                "fsGroup": 10001,
-                "seccompProfile": {"type": "RuntimeDefault"},
-            },
-            "containers": [container],
-            "volumes": volumes,
-        },
-    }
+        container["volumeMounts"] = [*container["volumeMounts"], {"name": "job-files", "mountPath": _FILES}]
+        volumes = [*volumes, {"name": "job-files", "configMap": {"name": f"{name}-files"}}]
+    return pod | {"containers": [container], "volumes": volumes}
+
+
+class _WithoutAnchors(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        """Say everything where it stands: the template's parts are shared, and people read this."""
+        return True

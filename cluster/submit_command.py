@@ -202,7 +202,10 @@ def _write_manifest(job: Job, options: RayJobOptions, file: Path) -> None:
     if str(file) == "-":
         sys.stdout.write(text)
     else:
-        file.write_text(text, encoding="utf-8")
+        try:
+            file.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--kubernetes {file}: cannot be written ({error.strerror})") from error
         _tell(f"start it: kubectl create -f {file}")
 
 

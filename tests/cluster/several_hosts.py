@@ -141,13 +141,13 @@ def lose_hosts(cluster: Cluster, log: Path, seen: dict[str, Any]) -> None:
         return sum(line.get("event") == "resumed" for line in read_metrics(log)) >= times
 
     _, cut, ended = cluster.hosts
-    wait_for(lambda: checkpoint(10), "the first checkpoint")
+    wait_for(lambda: checkpoint(20), "a checkpoint after the first, which is safe by then")
     seen["workers_on"] = worker_hosts(cluster)
     cut.cut()
     wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
     cluster.mend(cut)
     wait_for(lambda: resumed(1), "the run to go on")
-    wait_for(lambda: checkpoint(30), "another checkpoint")
+    wait_for(lambda: checkpoint(40), "more checkpoints")
     ended.end()
     wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
     cluster.boot(ended)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ def job(tmp_path: Path) -> Job:
 
 
 def test_the_recipe_goes_along_and_the_command_finds_it(job: Job) -> None:
-    config_map, ray_job = written(job)
+    settings, files, ray_job = written(job)
     spec = ray_job["spec"]
-    assert config_map["data"] == {"recipes_mine.yaml": "name: mine\n"}
+    assert settings["data"]["MMLLM_HOME"] == "/var/lib/mmllm"
+    assert files["data"] == {"recipes_mine.yaml": "name: mine\n"}
+    assert {part["metadata"]["namespace"] for part in (settings, files, ray_job)} == {"mmllm"}
     assert spec["entrypoint"] == (
         "python -m cluster.cli train /etc/mmllm/job/recipes_mine.yaml 'name=it'\"'\"'s mine' --workers 3"
     )
@@ -44,12 +47,21 @@ def test_the_recipe_goes_along_and_the_command_finds_it(job: Job) -> None:
     assert cluster["authOptions"] == {"mode": "token", "secretName": "mmllm-ray-token"}
     (group,) = cluster["workerGroupSpecs"]
     assert group["replicas"] == 3
-    for part in (cluster["headGroupSpec"], group):
-        pod = part["template"]["spec"]
-        volumes = {volume["name"] for volume in pod["volumes"]}
-        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes
-        assert {"name": "job", "configMap": {"name": "align"}} in pod["volumes"]
+    for template in (cluster["headGroupSpec"]["template"], group["template"], spec["submitterPodTemplate"]):
+        pod = template["spec"]
+        (container,) = pod["containers"]
+        assert container["image"] == "registry.example/train:1"
+        assert container["envFrom"] == [{"configMapRef": {"name": settings["metadata"]["name"]}}]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+        assert volumes["job-files"]["configMap"] == {"name": files["metadata"]["name"]}
         assert pod["securityContext"]["runAsNonRoot"]
+
+
+def test_a_shipped_recipe_needs_no_file(job: Job) -> None:
+    settings, ray_job = written(replace(job, arguments=("train", "phi-align")))
+    assert settings["metadata"]["name"] == "align-settings"
+    assert ray_job["spec"]["entrypoint"].endswith("train phi-align")
 
 
 def test_kuberay_knows_every_field(job: Job) -> None:

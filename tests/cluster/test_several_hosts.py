@@ -23,20 +23,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 STEPS = 60
 
 
-def lack() -> str | None:
-    """Why there can be no hosts here."""
-    if not (shutil.which("unshare") and shutil.which("ip")):
-        return "no hosts: they want Linux with util-linux and iproute2"
-    tried = "ip link add a type veth peer name b && ip link add c type bridge && mount -t tmpfs t /mnt"
+@pytest.fixture(scope="session")
+def _hosts() -> None:
+    """Skips where there can be no hosts, before anything is built."""
+    if not (shutil.which("unshare") and shutil.which("nsenter") and shutil.which("ip")):
+        pytest.skip("no hosts: they want Linux with util-linux and iproute2")
+    tried = (
+        "ip link add name probe1 type veth peer name probe2 && ip link add name probe3 type bridge && "
+        "mount -t tmpfs probe /mnt"
+    )
     done = subprocess.run([*ISOLATED, "sh", "-c", tried], capture_output=True, text=True, check=False)
-    return f"no hosts: network namespaces want root ({done.stderr.strip()})" if done.returncode else None
+    if done.returncode:
+        pytest.skip(f"no hosts: namespaces, links and mounts want root ({done.stderr.strip()})")
 
 
 @pytest.fixture
-def found(tiny_recipe: TinyRecipe, tiny_home: Path) -> dict[str, Any]:  # noqa: F811
+def found(_hosts: None, tiny_recipe: TinyRecipe, tiny_home: Path) -> dict[str, Any]:  # noqa: F811
     """What `tests.cluster.several_hosts` saw."""
-    if reason := lack():
-        pytest.skip(reason)
     resolve(load_profile("embedded").audio.source)  # there is no network later
     recipe = tiny_recipe("hosts", steps=STEPS, workers=3, batch_size=6, checkpoint={"every_steps": 10}, max_restarts=9)
     with tempfile.TemporaryDirectory(prefix="mmllm-") as name:

@@ -99,14 +99,17 @@ def test_the_cluster_has_its_nodes_and_only_this_machine_and_the_token_reach_it(
     assert cluster.token_file.stat().st_mode & 0o777 == 0o600
 
 
-def test_training_is_sent_with_its_folder_and_runs_on_both_nodes(client: JobSubmissionClient, folder: Path) -> None:
+def test_training_is_sent_with_its_folder_and_runs_on_both_nodes(
+    client: JobSubmissionClient, cluster: RunningRay, folder: Path
+) -> None:
     sent = command("submit", "train", "recipes/sent.yaml", "steps=6", "--name", "train-sent", folder=folder)
     assert sent.returncode == 0, sent.stdout + sent.stderr
     bundle = Bundle.latest()
     assert bundle.info.name == "sent"
     assert str(bundle.folder) in sent.stdout
     packed = client.get_job_info("train-sent").runtime_env["working_dir"]
-    (unpacked,) = Path("/tmp").glob(f"ray/session_2*/runtime_resources/working_dir_files/{Path(packed).stem}")
+    sessions = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray"
+    (unpacked,) = sessions.glob(f"session_*_{cluster.pid}/runtime_resources/working_dir_files/{Path(packed).stem}")
     files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     assert files >= {"recipes/sent.yaml", ".gitignore"}
     assert not [name for name in files if name.startswith((".env", "server", "weights", ".git/"))]

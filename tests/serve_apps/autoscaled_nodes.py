@@ -1,6 +1,8 @@
 """The service on a Ray whose autoscaler starts and ends nodes of each modality, as it would on machines.
 
-    unshare --pid --fork --mount-proc --net --kill-child python -m tests.serve_apps.autoscaled_nodes BUNDLE OUT
+    unshare --pid --fork --mount-proc --net --kill-child python -m tests.serve_apps.autoscaled_nodes BUNDLE OUT PART...
+
+Parts are `vision` and `audio`, of which none is there until it is asked for, and `loss`: a node that ends under load.
 
 Ray's autoscaler v2 runs with the provider that Ray has for this: each "machine" is a raylet of its own, with a
 modality's resource and nothing else. Nodes outlive what started them, so this runs in namespaces of its own and ends
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 import psutil
 
 from cluster.ray_record import showing_token
+from mmllm_core.bundle import Bundle
 from serve_apps.builder import APP_NAME, build
 from serve_apps.config_files import load_serve_config
 from tests.serve_apps.conftest import free_port, recorded_speech
@@ -200,7 +203,7 @@ def wait_for(true: Callable[[], Any], what: str, seconds: float = 150) -> None:
         time.sleep(0.2)
 
 
-async def while_text_is_asked(load: MixedLoad, other: "asyncio.Future[Any] | Any") -> Any:
+async def while_text_is_asked(load: MixedLoad, other: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
     """Await something while text is asked for again and again."""
     done = asyncio.ensure_future(other)
     while not done.done():
@@ -208,57 +211,58 @@ async def while_text_is_asked(load: MixedLoad, other: "asyncio.Future[Any] | Any
     return await done
 
 
-async def scale_from_zero(url: str, model: str, watch: NodeWatch) -> dict[str, Any]:
-    """An image, then speech, each where no node can take it; text all the while. Then a node ends under load."""
+async def rise_and_fall(load: MixedLoad, modality: str, watch: NodeWatch) -> dict[str, Any]:
+    """One request where no node can take it, and nothing afterwards."""
+    first = len(watch.samples)
+    (ending,) = await load.closed(1, 1)
+    up = watch.most_since(first)
+    await asyncio.to_thread(wait_for, lambda: not nodes_of(modality), f"{modality} to have no node")
+    return {"ending": asdict(ending), "up": up, "most": watch.most_since(first), "after": watch.now()}
+
+
+async def lose_a_node(load: MixedLoad) -> dict[str, Any]:
+    """Sixty requests for images, and the end of a node meanwhile."""
+    loaded = asyncio.create_task(load.closed(60, 6))
+    await asyncio.to_thread(wait_for, lambda: len(load.endings) >= 6, "six images to be answered")
+    ended = nodes_of("vision")[0]
+    end_node(ended)
+    await loaded
+    left = [node["NodeID"] for node in nodes_of("vision")]
+    return {"node": ended["NodeID"], "endings": [asdict(ending) for ending in load.endings], "nodes": left}
+
+
+async def observe(url: str, model: str, parts: list[str]) -> dict[str, Any]:
+    """The parts one after another, with requests for text all the while."""
     speech = recorded_speech()
+    watch = NodeWatch()
     text = MixedLoad(url, model, speech, kinds=("text",), seed=1)
     await text.closed(2, 1)
     found: dict[str, Any] = {"at_rest": watch.now()}
-
-    async def rise_and_fall(kind: str, modality: str) -> dict[str, Any]:
-        load = MixedLoad(url, model, speech, kinds=(kind,), seed=2)
-        first = len(watch.samples)
-        (ending,) = await load.closed(1, 1)
-        up = watch.most_since(first)
-        await asyncio.to_thread(wait_for, lambda: not nodes_of(modality), f"{modality} to have no node")
-        return {"ending": asdict(ending), "up": up, "most": watch.most_since(first), "after": watch.now()}
-
-    for kind, modality in {"image": "vision", "speech": "audio"}.items():
-        found[modality] = await while_text_is_asked(text, rise_and_fall(kind, modality))
-
-    images = MixedLoad(url, model, speech, kinds=("image",), seed=3, retries=4)
-    loaded = asyncio.create_task(images.closed(60, 6))
-    await asyncio.to_thread(wait_for, lambda: len(images.endings) >= 6, "six images to be answered")
-    ended = nodes_of("vision")[0]
-    before = len(images.endings)
-    end_node(ended)
-    await while_text_is_asked(text, loaded)
-    found["killed"] = {
-        "node": ended["NodeID"],
-        "asked_before": before,
-        "endings": [asdict(ending) for ending in images.endings],
-        "nodes": [node["NodeID"] for node in nodes_of("vision")],
-    }
-    found["text"] = [asdict(ending) for ending in text.endings]
-    return found
+    for part in parts:
+        if part == "loss":
+            doing = lose_a_node(MixedLoad(url, model, speech, kinds=("image",), seed=3, retries=4))
+        else:
+            kind = {"vision": "image", "audio": "speech"}[part]
+            doing = rise_and_fall(MixedLoad(url, model, speech, kinds=(kind,), seed=2), part, watch)
+        found[part] = await while_text_is_asked(text, doing)
+    watch.end()
+    return found | {"text": [asdict(ending) for ending in text.endings], "samples": watch.samples}
 
 
-def main(bundle: Path, out: Path) -> None:
-    """Run all of it and write what was found."""
+def main(bundle: Path, out: Path, parts: list[str]) -> None:
+    """Run the parts and write what was found."""
     from ray import serve
 
-    folder = out.parent
-    with autoscaled_ray(folder):
+    with autoscaled_ray(out.parent):
         port = free_port()
         config = load_serve_config("embedded", CONFIG | {"http.port": port})
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        # Nodes share this machine's ports, so that a proxy of each would take callers along as its node ends.
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         serve.run(build(config, bundle), name=APP_NAME, route_prefix="/")
-        watch = NodeWatch()
-        found = asyncio.run(scale_from_zero(config.http.base_url, "tiny", watch))
-        watch.end()
-        out.write_text(json.dumps(found | {"samples": watch.samples}), encoding="utf-8")
+        found = asyncio.run(observe(config.http.base_url, Bundle.open(bundle).info.name, parts))
+        out.write_text(json.dumps(found), encoding="utf-8")
         serve.shutdown()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
