@@ -6,13 +6,16 @@ PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell co
 BIN     := $(VENV)/bin
 VLLM    := $(VENV)-vllm
 
-.PHONY: help install demo serve chat doctor test test-long test-vllm lint clean
+.PHONY: help install demo serve doctor test test-fast test-long test-vllm coverage lint docs clean
 help:
 	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
 	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
 	@echo "make doctor    what this machine has, and what each lack costs"
-	@echo "make test      run the tests (make test-long: those of minutes each; make test-vllm: with vLLM's CPU build)"
-	@echo "make lint      ruff and mypy        make clean   remove the environment"
+	@echo "make test      run the tests (make test-fast: those without Ray and training; make test-long: those of minutes each;"
+	@echo "               make test-vllm: with vLLM's CPU build; make coverage: what they run of the code)"
+	@echo "make lint      ruff, mypy, import-linter and vulture"
+	@echo "make docs      the documentation as a site, in build/site (ARGS=serve: shown as it is edited)"
+	@echo "make clean     remove the environment"
 
 install: $(VENV)/.installed
 
@@ -28,6 +31,12 @@ doctor: install
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-fast: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m "not slow and not long" --numprocesses 2 $(ARGS)
+
+coverage: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)
 
@@ -36,7 +45,11 @@ test-vllm: $(VLLM)/.installed
 	  tests/mmllm_core/test_vllm_engine.py tests/serve_apps/test_vllm_served.py -k vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports && $(BIN)/vulture
+
+# What does not resolve is an error (strict). The plea for the theme's successor is not for every build.
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict)
 
 clean:
 	rm -rf $(VENV) $(VLLM)

@@ -4,6 +4,7 @@ Each step reuses what an equal step made before, so a second run only serves and
 """
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,12 @@ def run_demo(options: DemoOptions) -> None:
     config = local_config("embedded", options.port)
     _heading(1, "Fetch weights and data")
     profile = load_profile("embedded")
-    for name, bring in (
+    sources: tuple[tuple[str, Callable[[], Path]], ...] = (
         ("SmolLM2-135M-Instruct", lambda: resolve(profile.language.source)),
         ("Whisper tiny.en", lambda: resolve(profile.audio.source)),
         ("easy-VQA", easy_vqa.fetch),
-    ):
+    )
+    for name, bring in sources:
         with console.status(f"  {name}"):
             folder = bring()
         console.print(f"  {name:<24} [dim]{folder}[/dim]")

@@ -21,7 +21,11 @@ console = Console()
 
 def evaluate(
     bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle; the last one if not given.")] = None,
-    questions: Annotated[int, typer.Option(help="Test questions to ask; 0 asks all.", min=0)] = 300,
+    questions: Annotated[int, typer.Option(help="Questions to ask; 0 asks all.", min=0)] = 300,
+    file: Annotated[
+        Path | None, typer.Option(help="Questions of your own instead, in LLaVA's format, with their right answers.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of their images; the file's own if not given.")] = None,
     workers: Annotated[int, typer.Option(min=1)] = 2,
     save: Annotated[
         Path | None, typer.Option(help="File for questions, right answers and answers, as JSON lines.")
@@ -34,18 +38,25 @@ def evaluate(
     """Ask a bundle held-out questions and print its accuracy by kind of question, with 95% intervals."""
     from mmllm_core.bundle import Bundle
 
-    if text and save:
-        raise ConfigError("--save: keeps answers about images, and --text asks about none: leave one of them out")
+    if text and (save or file):
+        option, does = ("--save", "keeps answers") if save else ("--file", "has questions")
+        raise ConfigError(f"{option}: {does} about images, and --text asks about none: leave one of them out")
+    if images and not file:
+        raise ConfigError("--images: is for the images of --file: name that too")
     if save:
         require_writable(save)
     opened = Bundle.open(bundle) if bundle else Bundle.latest()
     if text:
         _print_text_ability(opened)
         return
+    from train_jobs.evaluate import Asked
     from train_jobs.evaluate import evaluate as ask
 
+    asked = Asked(questions or None, file=file and file.absolute(), images=images and images.absolute())
+    if file:
+        asked.questions()  # a file that is none is told before Ray starts
     with local_ray(verbose=verbose):
-        evaluation = ask(opened, limit=questions or None, workers=workers)
+        evaluation = ask(opened, asked, workers=workers)
     table = Table("kind", "asked", "always the commonest", opened.info.name, box=None, padding=(0, 2))
     baseline = evaluation.baseline
     for kind, found in evaluation.scores.items():

@@ -23,7 +23,8 @@ def is_built(folder: Path, inputs: dict[str, Any]) -> bool:
         stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return stamp == json.loads(json.dumps(inputs))
+    same: bool = stamp == json.loads(json.dumps(inputs))
+    return same
 
 
 @contextmanager

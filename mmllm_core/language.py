@@ -203,7 +203,8 @@ def add_adapter(lm: "PreTrainedModel", config: LoraConfig) -> nn.Module:
         layers_to_transform=list(range(n_adapted)) if config.layers else None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(lm, peft_config)
+    adapted: nn.Module = get_peft_model(lm, peft_config)
+    return adapted
 
 
 @torch.no_grad()
@@ -224,7 +225,8 @@ def load_adapter(lm: "PreTrainedModel", folder: Path, *, trainable: bool = False
     """Wrap the LM with a saved adapter, in eval mode; frozen unless it is to be trained further."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(lm, folder, is_trainable=trainable).eval()
+    adapted: nn.Module = PeftModel.from_pretrained(lm, folder, is_trainable=trainable).eval()
+    return adapted
 
 
 def _quantization_config(quantization: Quantization, dtype: torch.dtype) -> Any:

@@ -46,20 +46,23 @@ def summed_cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Te
     linear: Any = head
     linear.forward = lambda rows: _of_linear(rows, linear.weight, linear.bias, targets)
     try:
-        return linear(hidden)
+        total: Tensor = linear(hidden)
+        return total
     finally:
         del linear.forward
 
 
 def _of_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    total: Tensor
     if hidden.is_cuda and len(hidden) and _has_liger():
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        total: Tensor = liger_fused_linear_cross_entropy(
+        total = liger_fused_linear_cross_entropy(
             hidden, weight, targets, bias=bias, reduction="sum", accum_dtype=torch.float32
         )
         return total
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
+    total = _LinearCrossEntropy.apply(hidden, weight, bias, targets, torch.is_grad_enabled())
+    return total
 
 
 @cache

@@ -127,7 +127,8 @@ def _update(layer: Any) -> Tensor:
     """What a LoRA layer adds to its base's weight, float32 (d_out, d_in)."""
     if not isinstance(layer.get_base_layer(), nn.Linear):
         raise ExportError(f"the adapter adapts a {type(layer.get_base_layer()).__name__}: only linear layers merge")
-    return sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+    update: Tensor = sum(layer.get_delta_weight(name).float() for name in layer.active_adapters)
+    return update
 
 
 def _plain_linear(module: Any, update: Tensor | None, dtype: torch.dtype) -> nn.Linear:
@@ -147,11 +148,14 @@ def _dequantized(module: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
+    weight: Tensor
     if isinstance(module, Linear4bit):
-        return dequantize_4bit(module.weight.data, module.weight.quant_state)
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return weight
     if isinstance(module, Linear8bitLt):
         scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
-        return int8_vectorwise_dequant(module.weight.data, scales)
+        weight = int8_vectorwise_dequant(module.weight.data, scales)
+        return weight
     if type(module) is nn.Linear:
         return module.weight.data
     raise ExportError(f"a {type(module).__name__} holds weights in a way that cannot be merged")

@@ -84,7 +84,9 @@ class MultimodalLM(nn.Module):
         """`embed`, where of the images shown only the first `n_images` have positions."""
         is_image = input_ids == IMAGE_TOKEN_ID  # (b, t)
         n_positions = int(is_image.sum())
-        embeddings = self.causal_lm.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (b, t, d_model)
+        embeddings: Tensor = self.causal_lm.get_input_embeddings()(
+            input_ids.masked_fill(is_image, 0)
+        )  # (b, t, d_model)
         placed = None if shown is None else self.connector.place(shown)  # (n_shown, m, d_model)
         n_placed = 0 if placed is None else n_images * placed.shape[1]
         if n_positions != n_placed:
@@ -99,12 +101,15 @@ class MultimodalLM(nn.Module):
         Raises:
             ValueError: the model was made without a vision tower.
         """
+        features: Tensor
         if self.vision is not None:
-            return self.vision(pixels)
+            features = self.vision(pixels)
+            return features
         if not self._frozen_vision:
             raise ValueError("pixels were given, and the model was made without a vision tower")
         with torch.no_grad():
-            return self._frozen_vision[0](pixels).half().float().contiguous()
+            features = self._frozen_vision[0](pixels).half().float().contiguous()
+            return features
 
     def media(self, input_ids: Tensor, features: Tensor | None, packing: Packing | None = None) -> Media | None:
         """What the LM's layers look at; None for connectors that place all of an image in the prompt.
@@ -182,7 +187,7 @@ class MultimodalLM(nn.Module):
         """
         self.attend(packed=False)
         with self.showing(self.media(input_ids, features)):
-            return self.causal_lm.generate(
+            ids: Tensor = self.causal_lm.generate(
                 inputs_embeds=self.embed(input_ids, features),
                 attention_mask=attention_mask,
                 max_new_tokens=max_new_tokens,
@@ -190,6 +195,7 @@ class MultimodalLM(nn.Module):
                 eos_token_id=stop_ids,
                 pad_token_id=stop_ids[0],
             )
+            return ids
 
     @contextmanager
     def showing(self, media: Media | None) -> Iterator[None]:
@@ -209,7 +215,8 @@ class MultimodalLM(nn.Module):
         if features is not None or not self.training:
             return features
         if self.vision is not None:
-            return self.vision(self.vision.blank(device))
+            blank: Tensor = self.vision(self.vision.blank(device))
+            return blank
         return torch.zeros(1, 1, self.connector.d_vision, device=device)  # (n_images, n, d_vision)
 
     def attend(self, *, packed: bool) -> None:

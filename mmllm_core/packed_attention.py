@@ -180,7 +180,8 @@ def packed_attention(
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = _mask(packing, q, k.shape[1], sliding_window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (n, h, l, d)
-        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling)[0]
+        out: Tensor = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling)[0]
+        return out
 
     rows = []
     for group in packing.groups:

@@ -88,13 +88,8 @@ def pixel_hash(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def feature_key(image: Image.Image, fingerprint: str) -> str:
-    """Under which an image's features are stored: its content and what encodes it."""
-    return content_key(pixel_hash(image), fingerprint)
-
-
-def content_key(pixels: str, fingerprint: str) -> str:
-    """The feature key of an image whose `pixel_hash` is known already."""
+def feature_key(pixels: str, fingerprint: str) -> str:
+    """Under which an image's features are stored: its `pixel_hash` and what encodes it."""
     return f"{pixels}-{fingerprint}"
 
 
@@ -146,7 +141,7 @@ class ClipEncoder:
 
     def key(self, image: Image.Image) -> str:
         """The feature key: content of the image and fingerprint of the encoder."""
-        return feature_key(image, self.fingerprint)
+        return feature_key(pixel_hash(image), self.fingerprint)
 
     def preprocess(self, images: Sequence[Image.Image]) -> "torch.Tensor":
         """Scale, crop and normalise images to float32 pixels (n_images, 3, h, w) on the CPU, as CLIP wants them."""
@@ -204,7 +199,8 @@ def read_clip_config(weights: Path) -> dict[str, Any]:
     """
     path = weights / CLIP_CONFIG
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read: {error}") from error
 

@@ -75,7 +75,7 @@ class VisionTower(nn.Module):
         patches = found["image_intermediates"][0]  # (b, d_vision, rows, columns)
         if self.config.merge > 1:
             patches = nn.functional.avg_pool2d(patches, self.config.merge)
-        tokens = patches.flatten(2).transpose(1, 2)  # (b, n, d_vision)
+        tokens: Tensor = patches.flatten(2).transpose(1, 2)  # (b, n, d_vision)
         if self.config.cls_token:
             tokens = torch.cat([found["image_intermediates_prefix"][0], tokens], dim=1)
         return tokens

@@ -1,10 +1,9 @@
 """The door of the HTTP side: who may come in, how often, and in what shape a request may be.
 
 A pure ASGI middleware, so streams pass through it piece by piece. Every route is behind it, whoever adds one; only
-`/healthz`, `/health` and `/readyz` are open. It writes `mmllm.owner` into the scope, the id of the caller's key, ""
-where no keys are asked for, and `mmllm.caller`, which `caller_of` reads. Below `/v1` a key is given as
-`Authorization: Bearer`; elsewhere (the chat page, the API's description, metrics) as the password of HTTP Basic too,
-for which browsers ask.
+`/healthz`, `/health` and `/readyz` are open. It writes `mmllm.caller` into the scope, which `caller_of` reads. Below
+`/v1` a key is given as `Authorization: Bearer`; elsewhere (the chat page, the API's description, metrics) as the
+password of HTTP Basic too, for which browsers ask.
 
 Without keys the service is for this machine alone: requests must name a loopback host, and pages of other origins are
 turned away, so that no web page that somebody looks at here can use it. Does not know bodies or models' answers.
@@ -141,7 +140,7 @@ class Door:
             message = f"headers and URL are larger than the {self._limits.max_header_bytes} bytes that are allowed"
             raise Refusal(Failure(431, message, "headers_too_large"))
 
-    def _admit(self, scope: Scope, is_api: bool, passage: "Passage") -> None:
+    def _admit(self, scope: Scope, is_api: bool, passage: Passage) -> None:
         headers = Headers(scope=scope)
         if self._ring is None:
             _require_local(headers, self._access)
@@ -157,7 +156,7 @@ class Door:
                 )
                 raise Refusal(Failure(429, message, "rate_limit_exceeded", retry_after_s=verdict.retry_after_s))
         scope["mmllm.caller"] = caller
-        scope["mmllm.owner"] = caller.owner
+        record_in(scope).key = caller.owner
 
     def _holder(self, ring: KeyRing, headers: Headers, is_api: bool) -> ApiKey:
         given = presented_key(headers.get("authorization", ""), or_password=not is_api)

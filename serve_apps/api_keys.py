@@ -163,10 +163,13 @@ def _locked(path: Path) -> FileLock:
 def _write(path: Path, keys: list[ApiKey]) -> None:
     """Replace the file at once, so that a service never reads half of it; only its owner may read it."""
     values = {"keys": [key.model_dump(mode="json", exclude_none=True) for key in keys]}
+    partial = None
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # readable by its owner alone
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # readable by its owner alone
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             yaml.safe_dump(values, file, sort_keys=False)
-        os.replace(name, path)
+        os.replace(partial, path)
     except OSError as error:
+        if partial:
+            Path(partial).unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmllm_core.bundle import Bundle
+from mmllm_core.data.feature_shards import Features
 from mmllm_core.errors import BadInput
 from serve_apps.all_or_none import all_or_none
 from serve_apps.batching import Batcher
 from serve_apps.config import ClipConfig
 from serve_apps.embeddings import Embeddings, TypedText
-from serve_apps.feature_cache import FeatureCache, Features, StoreReader
+from serve_apps.feature_cache import FeatureCache, StoreReader
 from serve_apps.image_reading import ImageReader, ReadImage
 from serve_apps.metrics import counter, histogram
 from serve_apps.observability_config import ObservabilityConfig
@@ -63,8 +64,8 @@ class ClipDeployment:
         self._seen, self._batches = counter("mmllm_images"), histogram("mmllm_clip_batch_images")
         batches = config.max_batch_size, config.batch_wait_s
         self._encoding: Batcher[torch.Tensor, Features] = Batcher(self._encode_batch, *batches)
-        self._embedding_images: Batcher[torch.Tensor, NDArray] = Batcher(self._embed_images, *batches)
-        self._embedding_texts: Batcher[list[int], NDArray] = Batcher(self._embed_texts, *batches)
+        self._embedding_images: Batcher[torch.Tensor, NDArray[np.float32]] = Batcher(self._embed_images, *batches)
+        self._embedding_texts: Batcher[list[int], NDArray[np.float32]] = Batcher(self._embed_texts, *batches)
 
     async def encode(self, images: Sequence[Upload]) -> Features:
         """Features of one request's images, in their order.
@@ -130,7 +131,9 @@ class ClipDeployment:
         self._cache.put(image.key, found)
         return found
 
-    async def _embed(self, given: Upload | TypedText, tower: "ClipTextEncoder | None") -> tuple[NDArray, int]:
+    async def _embed(
+        self, given: Upload | TypedText, tower: "ClipTextEncoder | None"
+    ) -> tuple[NDArray[np.float32], int]:
         if isinstance(given, Upload):
             image = await self._reader.decode(given)
             return await self._embedding_images(await self._reader.pixels(given, image)), self._encoder.tower.n_tokens
@@ -149,10 +152,10 @@ class ClipDeployment:
         features = await asyncio.to_thread(self._encoder.encode_pixels, _stacked(pixels))  # (b, n_patches, d_vision)
         return [row.copy() for row in features]  # a view would keep its whole batch in memory
 
-    async def _embed_images(self, pixels: "list[torch.Tensor]") -> list[NDArray]:
+    async def _embed_images(self, pixels: "list[torch.Tensor]") -> list[NDArray[np.float32]]:
         return list(await asyncio.to_thread(self._encoder.embed_pixels, _stacked(pixels)))  # (b, d_embedding)
 
-    async def _embed_texts(self, tokens: list[list[int]]) -> list[NDArray]:
+    async def _embed_texts(self, tokens: list[list[int]]) -> list[NDArray[np.float32]]:
         tower = await self._texts()
         assert tower is not None
         return list(await asyncio.to_thread(tower.embed, tokens))  # (b, d_embedding)

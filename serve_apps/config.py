@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from mmllm_core.config import AudioConfig, Name, SpeechDtype, SpeechEngine, StrictModel, VllmConfig, parse_config
 from mmllm_core.data.feature_location import absolute_location
 from mmllm_core.errors import ConfigError
+from mmllm_core.extensions import extension_names
 from serve_apps.access_config import AccessConfig, require_keys_unless_loopback
 from serve_apps.autoscaling_config import (
     AudioAutoscaling,
@@ -168,8 +169,9 @@ class PhiConfig(ModelDeploymentConfig):
     modality = "text"
 
     autoscaling: TextAutoscaling | None = None
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What decodes. vLLM is for GPUs: pip install 'mmllm[vllm]'."""
+    engine: str = "transformers"
+    """What decodes: `transformers`, `vllm` (for GPUs: pip install 'mmllm[vllm]'), or an engine that an installed
+    package adds (`mmllm.engines`)."""
     vllm: VllmConfig = VllmConfig()
     kv_cache_bytes: int = Field(default=1_000_000_000, gt=0)
     """Memory for keys and values of prompts and answers, taken when a replica starts; requests wait for room in it.
@@ -197,6 +199,20 @@ class PhiConfig(ModelDeploymentConfig):
     routing_imbalance: int = Field(default=8, ge=0)
     """By how many requests the replica that has computed a conversation's beginning may be busier than the least busy
     one before it is passed over."""
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_there(cls, engine: str) -> str:
+        known = ["transformers", "vllm", *extension_names("mmllm.engines")]
+        if engine not in known:
+            raise ValueError(f"'{engine}' is unknown: choose one of {', '.join(known)}")
+        return engine
+
+    @model_validator(mode="after")
+    def _engine_shares_its_lm(self) -> "PhiConfig":
+        if self.adapters and self.engine not in ("transformers", "vllm"):
+            raise ValueError(f"adapters are for the engines transformers and vllm, and engine is {self.engine}")
+        return self
 
     @model_validator(mode="after")
     def _settings_are_of_the_engine(self) -> "PhiConfig":

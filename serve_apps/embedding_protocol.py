@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, ValidationError, field_validator
+from pydantic import FailFast, Field, field_validator
 
 from mmllm_core.errors import BadInput
 from serve_apps.embeddings import Embeddings, TypedText
 from serve_apps.limits import Limits
 from serve_apps.media import Elsewhere, FileUse, ImageSource, LinkedImage
-from serve_apps.openai_protocol import FileContent, ImageContent, TextContent, json_object, to_bad_input
-from serve_apps.openai_sampling import Body
+from serve_apps.openai_body import Body, json_object, validated
+from serve_apps.openai_protocol import FileContent, ImageContent, TextContent
 from serve_apps.stored_file import is_file_id
 
 Given = Annotated[TextContent | ImageContent | FileContent, Field(discriminator="type")]
@@ -70,10 +70,7 @@ def parse_embedding_request(body: bytes, limits: Limits, elsewhere: Elsewhere) -
     Raises:
         BadInput: as `openai_protocol.parse_request`.
     """
-    try:
-        request = EmbeddingRequest.model_validate(json_object(body, limits))
-    except ValidationError as error:
-        raise to_bad_input(error.errors(include_url=False)[0]) from None
+    request = validated(EmbeddingRequest, json_object(body, limits))
     if (found := len(request.input)) > limits.max_embeddings:
         raise BadInput(f"'input': {found} entries, and at most {limits.max_embeddings} are taken at a time", "input")
     if sum(len(part.text) for part in request.input if isinstance(part, TextContent)) > limits.max_text_chars:

@@ -10,13 +10,10 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from mmllm_core.data.feature_shards import Features
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import FeatureStoreError
 
-Features = NDArray[np.float16]
 _log = logging.getLogger(__name__)
 
 

@@ -27,7 +27,7 @@ from serve_apps.stored_file import (
     CONTENT,
     RECORD,
     FileRecord,
-    Heard,
+    HeardText,
     Kind,
     Purpose,
     Seen,
@@ -58,7 +58,7 @@ class NewFile:
     filename: str
     purpose: Purpose
     kind: Kind
-    perceived: Seen | Heard
+    perceived: Seen | HeardText
     seconds: float | None = None
     """That it shall be kept, if that is less than the store keeps any."""
 
@@ -120,9 +120,9 @@ class FileStore:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             making.mkdir()
-            write_whole(making / CONTENT, [new.content])
+            write_whole(making / CONTENT, new.content)
             write_perceived(making, new.perceived)
-            write_whole(making / RECORD, [record.model_dump_json().encode()])
+            write_whole(making / RECORD, record.model_dump_json().encode())
             owned.mkdir(exist_ok=True)
             with FileLock(self._folder / ".lock"):
                 self.sweep()

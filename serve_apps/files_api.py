@@ -5,12 +5,12 @@ refused here and nothing of it stays. Does not know how files lie on disk.
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mmllm_core.errors import BadInput
 from serve_apps.access import caller_of
@@ -18,19 +18,15 @@ from serve_apps.file_store import FileStore, NewFile, OwnedFiles
 from serve_apps.files_config import FilesConfig
 from serve_apps.media_kind import media_kind
 from serve_apps.multipart import Form, read_form
-from serve_apps.openai_protocol import to_bad_input
+from serve_apps.openai_body import Body, validated
 from serve_apps.openai_replies import Json
-from serve_apps.openai_sampling import Body
 from serve_apps.perception import Perceiver
 from serve_apps.stored_file import FileRecord, Purpose, file_missing
 from serve_apps.upload import Upload
 
-if TYPE_CHECKING:
-    from starlette.datastructures import QueryParams
-
 EXPIRES_ANCHOR, EXPIRES_SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 MAX_FILENAME_CHARS = 255
-_PURPOSES = get_args(Purpose)
+_PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
 
 class ListQuery(Body):
@@ -73,7 +69,7 @@ class FilesApi:
 
     async def list(self, request: Request) -> Response:
         """List files, the newest first unless asked otherwise."""
-        query = _query(request.query_params)
+        query = validated(ListQuery, dict(request.query_params))
         records = await asyncio.to_thread(self.of(request).list)
         records = [r for r in records if query.purpose in (None, r.purpose)]
         if query.order == "desc":
@@ -153,10 +149,3 @@ def _shown_name(filename: str) -> str:
     """A name to show: of a path the last part, without what does not print."""
     last = filename.replace("\\", "/").rpartition("/")[2]
     return "".join(c for c in last if c.isprintable())[:MAX_FILENAME_CHARS] or "file"
-
-
-def _query(given: "QueryParams") -> ListQuery:
-    try:
-        return ListQuery.model_validate(dict(given))
-    except ValidationError as error:
-        raise to_bad_input(error.errors(include_url=False)[0]) from None

@@ -27,7 +27,8 @@ async def answered(request: Request, work: Awaitable[Response], timeout_s: float
 
 def failure_of(error: BaseException, request: Request) -> Failure:
     """What a request's caller is told of an error; its code is noted for the log."""
-    failure = to_failure(error, clean_request_id(request.headers.get("x-request-id")))
+    given = clean_request_id(request.headers.get("x-request-id", ""))
+    failure = to_failure(error, given or uuid.uuid4().hex)
     record_of(request).error = failure.code
     return failure
 
@@ -71,9 +72,9 @@ async def bounded_body(request: Request, max_bytes: int) -> AsyncGenerator[bytes
         raise BodyTooLarge(f"the request is larger than the {max_bytes} bytes that are allowed: send smaller files")
 
 
-def clean_request_id(given: str | None) -> str:
-    """A request id that is safe to log: the caller's, stripped of what has no business in one, or a new one.
+def clean_request_id(given: str) -> str:
+    """A caller's request id, stripped of what has no business in one, so that it is safe to log; "" if nothing is left.
 
     Serve's HTTP proxy writes `x-request-id` on the response, whether the caller gave it or not.
     """
-    return re.sub(r"[^A-Za-z0-9._:-]", "", given or "")[:128] or uuid.uuid4().hex
+    return re.sub(r"[^A-Za-z0-9._:-]", "", given)[:128]

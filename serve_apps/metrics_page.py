@@ -8,7 +8,6 @@ are the same. Without Ray the page is empty. Does not know what the metrics mean
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +17,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_apps.ray_process import is_connected
+from serve_apps.shared_answer import SharedAnswer
 
 _log = logging.getLogger("ray.serve")
 
@@ -37,15 +37,11 @@ class MetricsPage:
     """Gathers the page."""
 
     def __init__(self) -> None:
-        self._asking: asyncio.Task[str] | None = None
-        self._asked_at = 0.0
+        self._shared = SharedAnswer(self._gather, REMEMBERED_S)
 
     async def text(self) -> str:
-        """The page; those who ask at the same time share one."""
-        stale = time.monotonic() - self._asked_at > REMEMBERED_S
-        if self._asking is None or (self._asking.done() and stale):
-            self._asking = asyncio.create_task(self._gather())
-        return await asyncio.shield(self._asking)
+        """The page."""
+        return await self._shared.get()
 
     async def _gather(self) -> str:
         nodes = await asyncio.to_thread(_nodes)
@@ -56,7 +52,6 @@ class MetricsPage:
         ]
         async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
             pages = await asyncio.gather(*(_page(client, url) for url in urls))
-        self._asked_at = time.monotonic()
         return await asyncio.to_thread(merged, pages)
 
 

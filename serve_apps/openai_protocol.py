@@ -9,15 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import FailFast, Field, ValidationError, field_validator
-from pydantic_core import ErrorDetails, from_json
+from pydantic import FailFast, Field, field_validator
 
 from mmllm_core.conversation import ImagePart, Message, Part, SpeechPart, TextPart
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import AudioError, BadInput, ConversationError
 from serve_apps.limits import Limits
 from serve_apps.media import Elsewhere, FileUse, ImageSource, SoundSource, decoded
-from serve_apps.openai_sampling import Body, SamplingFields
+from serve_apps.openai_body import Body, json_object, validated
+from serve_apps.openai_sampling import SamplingFields
 
 IGNORED = (
     *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention"),
@@ -165,28 +165,8 @@ def parse_request(body: bytes, limits: Limits, elsewhere: Elsewhere = Elsewhere(
     for field, harmless in UNSUPPORTED.items():
         if values.pop(field, None) not in harmless:
             raise BadInput(f"'{field}' is not supported: leave it out", field)
-    try:
-        request = ChatRequest.model_validate({k: v for k, v in values.items() if k not in IGNORED})
-    except ValidationError as error:
-        raise to_bad_input(error.errors(include_url=False)[0]) from None
+    request = validated(ChatRequest, {k: v for k, v in values.items() if k not in IGNORED})
     return _to_call(request, limits, elsewhere)
-
-
-def json_object(body: bytes, limits: Limits) -> dict[str, Any]:
-    """A body that is a JSON object.
-
-    Raises:
-        BadInput: it is not, or would take far more memory than its size.
-    """
-    if body.count(b",") + body.count(b"[") + body.count(b"{") > limits.max_json_values:
-        raise BadInput(f"the body holds more than {limits.max_json_values} values: send fewer")
-    try:
-        values = from_json(body, allow_inf_nan=False)  # which refuses what is nested more than 200 deep
-    except ValueError as error:
-        raise BadInput(f"the body is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise BadInput("the body must be a JSON object")
-    return values
 
 
 def with_transcripts(call: ChatCall, transcripts: Sequence[str]) -> tuple[Message, ...]:
@@ -262,36 +242,3 @@ def _to_call(request: ChatRequest, limits: Limits, elsewhere: Elsewhere) -> Chat
         stream=bool(request.stream),
         stream_options=request.stream_options or StreamOptions(),
     )
-
-
-_REASONS = {
-    "missing": "this field is required",
-    "extra_forbidden": "this field is unknown",
-    "none_required": "this field is not supported: leave it out",
-    "union_tag_invalid": "unknown kind: send one of {expected_tags}",
-    "union_tag_not_found": "this field is required",
-    "model_type": "expected an object",
-    "model_attributes_type": "expected an object",
-    "list_type": "expected a list",
-    "too_short": "expected at least one entry",
-}
-"""Problems that we say in our own words, by pydantic's name for them."""
-
-
-def to_bad_input(problem: ErrorDetails) -> BadInput:
-    """What pydantic says of a body, in OpenAI's terms: the field and the reason."""
-    location = list(problem["loc"])
-    reason = _REASONS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
-    reason = reason.format(**problem.get("ctx", {})) if problem["type"] == "union_tag_invalid" else reason
-    if location[0] == "messages" and len(location) > 4:
-        del location[4]  # pydantic names the kind of part here, which is no field of the request
-    elif location[0] == "input" and len(location) > 2:
-        del location[2]
-    elif location[0] == "response_format" and len(location) > 1:
-        del location[1]
-    elif location[0] == "stop":
-        location, reason = ["stop"], "expected a string, or a list of at most 4, none of them empty"
-    if problem["type"].startswith("union_tag"):
-        location.append("type")
-    param = ".".join(str(part) for part in location)
-    return BadInput(f"'{param}': {reason}", param)

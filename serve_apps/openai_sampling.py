@@ -7,19 +7,14 @@ In: the fields of a request. Out: `SamplingParams`. `top_k`, `min_p`, `repetitio
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from mmllm_core.engine.protocol import SamplingParams
 from mmllm_core.errors import BadInput, SchemaError
 from serve_apps.limits import Limits
+from serve_apps.openai_body import Body
 
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
-
-
-class Body(BaseModel):
-    """An object of a request; unknown fields are refused by name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class TextFormat(Body):

@@ -9,26 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from mmllm_core.audio import SpeechTask
 from mmllm_core.errors import BadInput
 from serve_apps.limits import Limits
 from serve_apps.multipart import Form
-from serve_apps.openai_protocol import to_bad_input
+from serve_apps.openai_body import validated
 
 ALIAS = "whisper-1"
 """OpenAI's name of Whisper, by which clients ask that cannot be told another."""
-LISTS = (
-    "timestamp_granularities",
-    "include",
-    "keywords",
-    "known_speaker_names",
-    "known_speaker_references",
-    "languages",
-)
 UNSUPPORTED = ("include", "keywords", "known_speaker_names", "known_speaker_references", "languages")
 """Lists that would change the answer."""
+LISTS = ("timestamp_granularities", *UNSUPPORTED)
+"""Fields that may be given several times."""
 _CONTROL = re.compile(r"<\|[^<>|]*\|>")
 _TIMED = ("srt", "verbose_json", "vtt")
 
@@ -88,11 +82,7 @@ def parse_speech_request(form: Form, limits: Limits, *, translate: bool) -> Spee
             raise BadInput(f"'{name}' is not supported: leave it out", name)
     values: dict[str, Any] = {name: value for name, value in form.fields.items() if value != ""}
     values |= form.lists
-    model = TranslationFields if translate else TranscriptionFields
-    try:
-        fields = model.model_validate(values)
-    except ValidationError as error:
-        raise to_bad_input(error.errors(include_url=False)[0]) from None
+    fields = validated(TranslationFields if translate else TranscriptionFields, values)
     given = fields if isinstance(fields, TranscriptionFields) else TranscriptionFields(model=fields.model)
     times = set(given.timestamp_granularities)
     if times and fields.response_format != "verbose_json":

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmllm_core.data.feature_shards import Features
 from mmllm_core.errors import ImageError
 from serve_apps.all_or_none import all_or_none
 from serve_apps.asking import ask
 from serve_apps.content_hash import content_hash
 from serve_apps.embeddings import Embeddings, TypedText
-from serve_apps.feature_cache import FeatureCache, Features
+from serve_apps.feature_cache import FeatureCache
 from serve_apps.image_fetch import ImageFetcher
 from serve_apps.media import FileUse, ImageSource, LinkedImage, SoundSource
 from serve_apps.metrics import counter
-from serve_apps.stored_file import Heard, Kind, Seen, StoredFile
+from serve_apps.stored_file import HeardText, Kind, Seen
 from serve_apps.upload import Upload
 
 if TYPE_CHECKING:
@@ -98,17 +99,17 @@ class Perceiver:
         seconds = sum(seconds for _, seconds in heard)
         return Perception(features, [text for text, _ in heard], [tier for _, tier in seen], seconds)
 
-    async def examine(self, kind: Kind, upload: Upload) -> Seen | Heard:
+    async def examine(self, kind: Kind, upload: Upload) -> Seen | HeardText:
         """See or hear a file that is being uploaded.
 
         Raises:
             ImageError, AudioError: it cannot be used.
         """
         if kind == "image":
-            [seen] = await ask(lambda: self._clip.see.remote([upload]))
-            return seen
+            seen: list[Seen] = await ask(lambda: self._clip.see.remote([upload]))
+            return seen[0]
         text, _ = await self._transcribe(upload)
-        return Heard(self._fingerprints.audio, text)
+        return HeardText(fingerprint=self._fingerprints.audio, text=text)
 
     async def embed(self, inputs: Sequence[ImageSource | TypedText], dimensions: int | None) -> Embeddings:
         """Vectors of images and texts.
@@ -117,7 +118,8 @@ class Perceiver:
             ImageError, BadInput: as `ClipDeployment.embed`.
         """
         given = await all_or_none(_as_it_is(one) if isinstance(one, TypedText) else self._upload(one) for one in inputs)
-        return await ask(lambda: self._clip.embed.remote(given, dimensions))
+        embeddings: Embeddings = await ask(lambda: self._clip.embed.remote(given, dimensions))
+        return embeddings
 
     async def _see_all(self, images: Sequence[ImageSource], traceparent: str) -> list[tuple[Features, str]]:
         """Each image's features, and where they were found."""
@@ -142,7 +144,7 @@ class Perceiver:
         seconds, text = 0.0, await asyncio.to_thread(sound.file.transcript, self._fingerprints.audio)
         if text is None:
             text, seconds = await self._transcribe(await _content(sound), traceparent)
-            await _keep(sound, Heard(self._fingerprints.audio, text))
+            await _keep(sound, HeardText(fingerprint=self._fingerprints.audio, text=text))
         return text, seconds
 
     async def _transcribe(self, upload: Upload, traceparent: str = "") -> tuple[str, float]:
@@ -188,7 +190,6 @@ async def _content(use: FileUse) -> Upload:
     return Upload(await asyncio.to_thread(use.file.content), use.param)
 
 
-async def _keep(source: ImageSource | SoundSource, perceived: Seen | Heard) -> None:
+async def _keep(source: ImageSource | SoundSource, perceived: Seen | HeardText) -> None:
     if isinstance(source, FileUse):
-        file: StoredFile = source.file
-        await asyncio.to_thread(file.keep, perceived)
+        await asyncio.to_thread(source.file.keep, perceived)

@@ -5,6 +5,7 @@ Does not know prompts, HTTP or Ray.
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 
 from mmllm_core.bundle import Bundle
 from mmllm_core.engine.lora import LoraAdapter, adaptable_layers, load_lora, require_plain_lora
-from mmllm_core.engine.protocol import Engine
+from mmllm_core.engine.protocol import Engine, StartEngine
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.engine.vllm_engine import VllmEngine, require_vllm
 from mmllm_core.errors import ConfigError
+from mmllm_core.extensions import load_extension
 from mmllm_core.language import load_embeddings, load_language_model, stop_token_ids
 from mmllm_core.merging import merge_adapter
 from mmllm_core.model import MultimodalLM
@@ -36,12 +38,12 @@ def require_servable(bundle: Bundle, config: PhiConfig) -> None:
             )
         if bundle.adapter:
             require_plain_lora(bundle.adapter, bundle.info.name)
-    if config.engine != "vllm":
+    if config.engine == "transformers":
         return
     if bundle.profile.connector.kind == "cross_attention":
         raise ConfigError(
-            f"phi.engine: vllm, and the layers of bundle '{bundle.info.name}' look at images themselves "
-            "(cross_attention), which vLLM's cannot: take transformers"
+            f"phi.engine: {config.engine}, and the layers of bundle '{bundle.info.name}' look at images themselves "
+            "(cross_attention), which they can by one engine alone: take transformers"
         )
     if config.vllm.quantization == "awq" and not _served_as_stored(bundle, config):
         raise ConfigError(
@@ -77,14 +79,18 @@ def start_engine(bundle: Bundle, config: PhiConfig) -> tuple[MultimodalLM, Engin
     """
     if config.engine == "vllm":
         return _vllm(bundle, config)
+    require_servable(bundle, config)
     model = bundle.load_model(config.device)
     if config.merged:
         model.lm = _merged(model.lm)
-    engine = TransformersEngine(
+    own = config.engine == "transformers"
+    start: StartEngine = (
+        partial(TransformersEngine, showing=model.showing) if own else load_extension("mmllm.engines", config.engine)
+    )
+    engine = start(
         model.lm,
         bundle.tokenizer,
         context_length=bundle.profile.language.context_length,
-        showing=model.showing,
         kv_cache_bytes=config.kv_cache_bytes,
         max_sequences=config.max_ongoing_requests,
         step_tokens=config.step_tokens,

@@ -51,7 +51,7 @@ class Remembered:
             self._names.popitem(last=False)
 
 
-class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
+class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):  # type: ignore[misc]  # Ray's, without types
     """The request router of the LM's deployment; Serve makes one for each handle."""
 
     def initialize_state(self, imbalance: int = 8, remembered: int = 65_536) -> None:
@@ -72,7 +72,10 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         """Replicas to try, rank by rank; of a rank Serve takes the least busy, and the next where all are full."""
         prompt = _prompt_of(pending_request)
         if pending_request is None or prompt is None:
-            return await PowerOfTwoChoicesRequestRouter.choose_replicas(self, candidate_replicas, pending_request)
+            ranks: list[list[RunningReplica]] = await PowerOfTwoChoicesRequestRouter.choose_replicas(
+                self, candidate_replicas, pending_request
+            )
+            return ranks
         if pending_request.metadata.multiplexed_model_id:
             ids = self.apply_multiplex_routing(pending_request)
         else:
@@ -83,7 +86,7 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         free = [replica for replica in everyone if busy.get(replica.replica_id, most) <= most]
         candidates = [replica for replica in free if replica.replica_id in ids] or free
         # Where all of these are full, another may not be.
-        ranks = self._holders(candidates, prompt.prefix), _two_of(candidates, prompt.prefix), everyone
+        ranks = [self._holders(candidates, prompt.prefix), _two_of(candidates, prompt.prefix), everyone]
         return [rank for rank in ranks if rank]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:

@@ -10,7 +10,7 @@ import re
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_apps.http_body import error_response
+from serve_apps.http_body import clean_request_id, error_response
 from serve_apps.openai_replies import Failure
 
 PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.proxy:middlewares"}
@@ -19,7 +19,6 @@ PROXY_ENVIRONMENT = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_apps.pr
 _OF_SERVE = re.compile(rb"x-request-timeout-seconds|x-request-disconnect-disabled|serve[-_]multiplexed[-_]model[-_]id")
 _READ_BY_SERVE = re.compile(rb"x[-_]session[-_]id|traceparent")
 _REQUEST_ID = b"x-request-id"
-_MAX_ID = 128
 
 
 def middlewares() -> list[Middleware]:
@@ -52,7 +51,7 @@ def sifted(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         if _READ_BY_SERVE.fullmatch(name.lower()) and not value.isascii():
             continue
         if name.lower() == _REQUEST_ID:
-            value = re.sub(rb"[^A-Za-z0-9._:-]", b"", value)[:_MAX_ID]
+            value = clean_request_id(value.decode("latin-1")).encode()
             if not value or any(other == _REQUEST_ID for other, _ in kept):
                 continue
         kept.append((name, value))

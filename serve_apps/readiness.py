@@ -5,7 +5,6 @@ A part that is scaled to zero is asleep, and is not woken to be asked. Does not 
 
 import asyncio
 import io
-import time
 import wave
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +17,7 @@ from serve_apps.asking import ask
 from serve_apps.config import DeploymentConfig, ServeConfig
 from serve_apps.prompt import Prompt
 from serve_apps.ray_process import has_no_room
+from serve_apps.shared_answer import SharedAnswer
 from serve_apps.upload import Upload
 
 if TYPE_CHECKING:
@@ -46,19 +46,14 @@ class Readiness:
             "audio": (config.whisper, self._hear),
             "text": (config.phi, self._speak),
         }
-        self._asking: asyncio.Task[dict[str, State]] | None = None
-        self._asked_at = 0.0
+        self._shared = SharedAnswer(self._ask, REMEMBERED_S)
 
     async def states(self) -> dict[str, State]:
-        """The state of each modality; those who ask at the same time share an answer."""
-        stale = time.monotonic() - self._asked_at > REMEMBERED_S
-        if self._asking is None or (self._asking.done() and stale):
-            self._asking = asyncio.create_task(self._ask())
-        return await asyncio.shield(self._asking)
+        """The state of each modality."""
+        return await self._shared.get()
 
     async def _ask(self) -> dict[str, State]:
         states = await asyncio.gather(*(self._state(*part) for part in self._parts.values()))
-        self._asked_at = time.monotonic()
         return dict(zip(self._parts, states, strict=True))
 
     async def _state(self, config: DeploymentConfig, answer: Callable[[], Awaitable[object]]) -> State:

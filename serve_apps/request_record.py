@@ -30,6 +30,8 @@ class RequestRecord:
     """What is known of a request; times are of `time.perf_counter`."""
 
     began: float = field(default_factory=time.perf_counter)
+    key: str = ""
+    """Id of the caller's, where one was asked for."""
     model: str | None = None
     """The one that answers: never what was asked for and is not served."""
     stream: bool = False
@@ -142,9 +144,8 @@ class Recorded:
         self._open += change
         self._held.set(self._open)
 
-    def _tell(self, record: RequestRecord, end: "Ending", method: str, scope: Scope, span: Span) -> None:
-        path, key = path_of(scope), str(scope.get("mmllm.owner", ""))
-        seconds, status = time.perf_counter() - record.began, end.status or 499
+    def _tell(self, record: RequestRecord, end: Ending, method: str, scope: Scope, span: Span) -> None:
+        path, seconds, status = path_of(scope), time.perf_counter() - record.began, end.status or 499
         is_cancelled = not end.is_whole or status == 499
         if is_cancelled:
             self._cancelled.inc(1, {"path": path})
@@ -161,7 +162,7 @@ class Recorded:
             "method": method,
             "path": path,
             "status": status,
-            "key": key or None,
+            "key": record.key or None,
             "model": record.model,
             "error": record.error,
             "cancelled": is_cancelled,

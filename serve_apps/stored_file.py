@@ -15,17 +15,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from mmllm_core.config import StrictModel
-from mmllm_core.data.feature_shards import encoder_of
+from mmllm_core.data.feature_shards import Features, encoder_of
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import BadInput, EnvironmentLack, FeatureStoreError
 
@@ -57,24 +54,18 @@ class FileRecord(StrictModel):
     expires_at: float | None
 
 
-class _HeardText(StrictModel):
-    fingerprint: str
-    text: str
-
-
 @dataclass(frozen=True)
 class Seen:
     """An image's features, float16 (n_patches, d_vision), and the key that they are stored under."""
 
     key: str
-    features: NDArray[np.float16]
+    features: Features
     tier: str = "computed"
     """Where they were found: `memory`, `store`, `shared` (computed at that time for another request), or `computed`."""
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What was said in a sound, and the fingerprint of what heard it."""
+class HeardText(StrictModel):
+    """What was said in a sound, and the fingerprint of what heard it: `transcript.json`."""
 
     fingerprint: str
     text: str
@@ -98,7 +89,7 @@ class StoredFile:
         except FileNotFoundError:
             raise file_missing(self.record.id) from None
 
-    def features(self, fingerprint: str) -> NDArray[np.float16] | None:
+    def features(self, fingerprint: str) -> Features | None:
         """Features (n_patches, d_vision) that the encoder of this fingerprint made, or None if none are whole."""
         try:
             store = FeatureStore(self.folder / FEATURES, fingerprint)
@@ -111,12 +102,12 @@ class StoredFile:
     def transcript(self, fingerprint: str) -> str | None:
         """What the model of this fingerprint heard, or None if it has not listened."""
         try:
-            heard = _HeardText.model_validate_json((self.folder / TRANSCRIPT).read_bytes())
+            heard = HeardText.model_validate_json((self.folder / TRANSCRIPT).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
         return heard.text if heard.fingerprint == fingerprint else None
 
-    def keep(self, perceived: Seen | Heard) -> None:
+    def keep(self, perceived: Seen | HeardText) -> None:
         """Keep what was computed of a file that is there already; a disk that is full costs only that."""
         if not (self.folder / RECORD).is_file():  # deleted meanwhile
             return
@@ -137,7 +128,7 @@ def file_missing(id: str, param: str | None = None) -> FileMissing:
     return FileMissing(f"there is no file{named}: upload it, and give the id that came back", param)
 
 
-def write_perceived(folder: Path, perceived: Seen | Heard) -> None:
+def write_perceived(folder: Path, perceived: Seen | HeardText) -> None:
     """Write what was computed of a file into its folder, in place of what another encoder or model made.
 
     Raises:
@@ -149,19 +140,25 @@ def write_perceived(folder: Path, perceived: Seen | Heard) -> None:
             shutil.rmtree(folder / FEATURES, ignore_errors=True)
             store.write([perceived.key], perceived.features[None])
     else:
-        heard = _HeardText(fingerprint=perceived.fingerprint, text=perceived.text)
-        write_whole(folder / TRANSCRIPT, [heard.model_dump_json().encode()])
+        write_whole(folder / TRANSCRIPT, perceived.model_dump_json().encode())
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write a file that is seen whole or not at all, whatever happens to this machine."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is seen whole or not at all, whatever happens to this machine.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
-    with partial.open("wb") as stream:
-        for piece in pieces:
-            stream.write(piece)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.rename(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_record(folder: Path) -> FileRecord | None:

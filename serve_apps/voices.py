@@ -96,19 +96,13 @@ class Voices:
             self._only = _Held(starting.submit(self._voice, first).result())
         torch.set_num_threads(1)  # of the threads that embed prompts
         self._engines = [self._only.voice.engine]
-
-        async def load(model: str) -> _Held:
-            held = self._only
-            if model != self._first:
-                bundle = None
-                while bundle != self._bundles[model]:  # it may change meanwhile
-                    bundle = self._bundles[model]
-                    held = _Held(await asyncio.to_thread(self._start, bundle))
-            self._held[model] = held
-            return held
-
         if config.adapters:
             from ray.serve import multiplexed
+
+            async def load(
+                model: str,
+            ) -> _Held:  # Serve keeps what it holds on the function: a bound method takes nothing
+                return await self._loaded(model)
 
             self._load = multiplexed(max_num_models_per_replica=config.adapters_in_memory)(load)
 
@@ -176,6 +170,16 @@ class Voices:
         """End all engines."""
         for engine in self._engines:
             engine.shutdown()
+
+    async def _loaded(self, model: str) -> _Held:
+        held = self._only
+        if model != self._first:
+            bundle = None
+            while bundle != self._bundles[model]:  # it may change meanwhile
+                bundle = self._bundles[model]
+                held = _Held(await asyncio.to_thread(self._start, bundle))
+        self._held[model] = held
+        return held
 
     def _start(self, bundle: ServedBundle) -> Voice:
         opened = bundle.open()

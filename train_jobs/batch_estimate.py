@@ -5,7 +5,6 @@ counted by its positions.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,6 +18,7 @@ from mmllm_core.data.batching import Encoded
 from mmllm_core.data.sample import Sample
 from mmllm_core.errors import ConversationError, DataError, MmllmError, WeightsError
 from mmllm_core.models.resolve import resolve
+from train_jobs.training_data import longest_row
 
 SAMPLED = 64
 """Conversations that are rendered, at least."""
@@ -78,11 +78,6 @@ def batch_estimator(
         bound = _bound(recipe, profile, workers, error)
         return lambda micro_batch: bound
     return cache(partial(_measure, recipe.batching, shares))
-
-
-def longest_row(recipe: Recipe, profile: Profile) -> int:
-    """Positions that a row may have at most."""
-    return min(profile.language.context_length, recipe.batching.pack_tokens or sys.maxsize)
 
 
 def _render_steps(

@@ -11,7 +11,8 @@ Does not know Ray or where checkpoints are uploaded to.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 WEIGHTS, STATE = "weights.safetensors", "state.json"
 ADAPTER_CONFIG = "adapter_config.json"
+_SMOOTHING = 0.95
+"""Of the loss's moving average: about twenty steps' memory."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,23 @@ class RunState:
     step: int
     """Optimizer steps done."""
     loss_ema: float
+    """Of the loss, its exponential moving average; 0 before anything was learned."""
     before: list[str] = field(default_factory=list)
     """Answers to the held-out questions of before training."""
     seconds: float = 0.0
     """Spent in steps so far."""
+
+    def after_step(self, loss: float, seconds: float) -> "RunState":
+        """One step further.
+
+        The loss's moving average is without the bias towards its beginning (as Adam's moments: arXiv:1412.6980, section
+        3); a step that left everything out, whose loss is no number, does not count in it.
+        """
+        ema = self.loss_ema
+        if math.isfinite(loss):
+            weight = (1 - _SMOOTHING) / (1 - _SMOOTHING ** (self.step + 1))
+            ema = ema + weight * (loss - ema) if ema else loss  # 0: nothing was learned yet
+        return replace(self, step=self.step + 1, loss_ema=ema, seconds=self.seconds + seconds)
 
 
 def save_checkpoint(engine: Any, manifest: set[str], folder: Path | None, state: RunState) -> None:

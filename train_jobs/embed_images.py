@@ -25,7 +25,7 @@ from mmllm_core.data.image_keys import ImageKeys
 from mmllm_core.data.mixture import image_paths
 from mmllm_core.errors import ImageError, TrainingError
 from mmllm_core.models.home import features_folder, image_keys
-from mmllm_core.vision import ClipEncoder, content_key
+from mmllm_core.vision import ClipEncoder, feature_key
 from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
 from train_jobs.origins import starting_profile, starting_vision
 from train_jobs.progress import progress_bar
@@ -170,16 +170,16 @@ class _Embedder:
         """Feature key of a file; if it had to be decoded for that, `images` keeps it for the encoder."""
         pixels = self._keys.remembered(path)
         if pixels is not None:
-            return content_key(pixels, self._encoder.fingerprint)
+            return feature_key(pixels, self._encoder.fingerprint)
         pixels, image = self._keys.decode(path)
-        key = content_key(pixels, self._encoder.fingerprint)
+        key = feature_key(pixels, self._encoder.fingerprint)
         images.setdefault(key, image)
         return key
 
     def _decode(self, path: Path, key: str) -> Image.Image:
         """Decode a file whose key was remembered; features never go under the key of other pixels."""
         pixels, image = self._keys.decode(path)
-        if content_key(pixels, self._encoder.fingerprint) != key:
+        if feature_key(pixels, self._encoder.fingerprint) != key:
             raise ImageError(f"{path}: was changed while its size and time stayed the same: embed it again")
         return image
 

@@ -1,13 +1,14 @@
-"""Ask a bundle held-out questions, batched across Ray workers.
+"""Put questions to a bundle, batched across Ray workers: held-out ones of easy-VQA, or a file's.
 
-In: a bundle. Out: an answer to each question, and exact-match accuracy by kind of question. Features of the test
-images come from the store where they are there.
+In: a bundle. Out: an answer to each question, and exact-match accuracy by kind of question. Features of
+their images come from the store where they are there.
 
 Run it as `mmllm evaluate` or `ray job submit -- python -m train_jobs.evaluate`.
 """
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from mmllm_core.evaluation.accuracy import (
     is_right,
     score_by_kind,
 )
+from mmllm_core.evaluation.file_questions import file_questions
 from mmllm_core.models.home import features_folder
 from train_jobs.bundle_images import BundleImages
 from train_jobs.launch import has_gpus, prepare_ray_data, readable_errors
@@ -70,25 +72,50 @@ class Evaluation:
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed: int = 0) -> Evaluation:
-    """Ask a bundle easy-VQA's test questions.
+@dataclass(frozen=True)
+class Asked:
+    """Which questions are put to a bundle: easy-VQA's test questions, or those of a file."""
+
+    limit: int | None = 300
+    """So many, drawn at random; None asks all (of easy-VQA 9,673)."""
+    seed: int = 0
+    file: Path | None = None
+    """In LLaVA's format (`mmllm_core.evaluation.file_questions`), where every worker can read it."""
+    images: Path | None = None
+    """Folder that the file's image names start from; the file's own if None."""
+
+    def questions(self) -> list[Question]:
+        """The questions, the same ones on every machine.
+
+        Raises:
+            DataError: the file cannot be read as questions.
+        """
+        if self.file is None:
+            return easy_vqa.held_out_questions(easy_vqa.fetch(), self.limit, self.seed)
+        questions = file_questions(self.file, self.images)
+        random.Random(self.seed).shuffle(questions)
+        return questions[: self.limit]
+
+
+def evaluate(bundle: Bundle, asked: Asked = Asked(), *, workers: int = 2) -> Evaluation:
+    """Put questions to a bundle.
 
     Args:
-        limit: questions to ask, drawn at random; None asks all 9,673.
         workers: answering processes, one CPU (or GPU, where Ray has some) each.
 
     Raises:
+        DataError: as `Asked.questions`.
         TrainingError: a worker failed, for an image that cannot be read for example.
     """
+    questions = asked.questions()
     prepare_ray_data()
     gpus = has_gpus(workers)
-    questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
     by_image = sorted(range(len(questions)), key=lambda row: questions[row].image)  # its prompts share a beginning
     rounds = math.ceil(len(questions) / (_QUESTIONS_AT_ONCE * workers))
     dataset = ray.data.from_items([{"row": row} for row in by_image], override_num_blocks=rounds * workers)
     answered = dataset.map_batches(
         _Answerer,
-        fn_constructor_args=(str(bundle.folder), features_folder(), limit, seed, gpus),
+        fn_constructor_args=(str(bundle.folder), features_folder(), asked, gpus),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=0 if gpus else 1,
@@ -107,13 +134,13 @@ def evaluate(bundle: Bundle, *, limit: int | None = 300, workers: int = 2, seed:
 class _Answerer:
     """One worker of the pool."""
 
-    def __init__(self, bundle: str, features: str, limit: int | None, seed: int, gpu: bool):
+    def __init__(self, bundle: str, features: str, asked: Asked, gpu: bool):
         opened = Bundle.open(Path(bundle))
         device = "cuda" if gpu else "cpu"
         self._model = opened.load_model(device)
         self._tokenizer = opened.tokenizer
         self._features = BundleImages(opened, features, device)
-        self._questions = easy_vqa.held_out_questions(easy_vqa.fetch(), limit, seed)
+        self._questions = asked.questions()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         questions = [self._questions[int(row)] for row in batch["row"]]

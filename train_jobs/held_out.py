@@ -4,16 +4,16 @@ In: a model and where images' features come from. Out, on every worker: answers 
 file of both. Scores follow from the answers. Does not know how the model is trained.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from mmllm_core.data import easy_vqa
+from mmllm_core.data.feature_shards import Features
 from mmllm_core.data.sample import Question
+from train_jobs.run_record import Answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class HeldOutQuestions:
         self,
         model: "MultimodalLM",
         tokenizer: "PreTrainedTokenizerBase",
-        features: Callable[[Path], NDArray[np.float16]],
+        features: Callable[[Path], Features],
     ) -> list[str]:
         """Answers to all questions; all workers of the process group take part."""
         import torch.distributed as dist
@@ -61,18 +61,11 @@ class HeldOutQuestions:
 
 
 def write_answers(path: Path, questions: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> None:
-    """Write questions with both answers as the JSON that `train_jobs.run_record` reads."""
+    """Write questions with both answers, as `train_jobs.run_record.read_run` reads them."""
     rows = [
-        {
-            "image": str(asked.image),
-            "question": asked.question,
-            "right": asked.answer,
-            "kind": asked.kind,
-            "before": was,
-            "after": now,
-        }
+        Answer(image=asked.image, question=asked.question, right=asked.answer, kind=asked.kind, before=was, after=now)
         for asked, was, now in zip(questions, before, after, strict=True)
     ]
     scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    scratch.write_bytes(TypeAdapter(list[Answer]).dump_json(rows))
     scratch.replace(path)

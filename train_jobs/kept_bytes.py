@@ -28,6 +28,6 @@ def kept_bytes(forward: Callable[[], Any], module: "nn.Module") -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-        total = sum(storage.nbytes() for storage in kept.values())
+        total: int = sum(storage.nbytes() for storage in kept.values())
     del result
     return total

@@ -6,6 +6,7 @@
 Does not know how the run goes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import Field
 
 from mmllm_core.config import Profile, Recipe, StrictModel, apply_overrides, parse_config
 from mmllm_core.errors import ConfigError, TrainingError
-from train_jobs.launch import read_beside_checkpoints
+from train_jobs.launch import read_beside_checkpoints, write_beside_checkpoints
 from train_jobs.run_record import RECIPE
 
 INPUTS = "inputs.json"
@@ -47,14 +48,9 @@ class RunInputs(StrictModel):
     start: str | None = None
     """sha256 of the manifest of the bundle that the run goes on from."""
 
-    @staticmethod
-    def learns_the_same(one: Recipe, other: Recipe) -> bool:
-        """Whether two recipes differ at most in how they are run."""
-        return one.model_dump(exclude=set(_HOW)) == other.model_dump(exclude=set(_HOW))
-
     def gives_the_same_as(self, other: "RunInputs") -> bool:
         """Whether a run of these could go on as one of the others."""
-        return self.learns_the_same(self.recipe, other.recipe) and self.model_dump(exclude={"recipe"}) == (
+        return learns_the_same(self.recipe, other.recipe) and self.model_dump(exclude={"recipe"}) == (
             other.model_dump(exclude={"recipe"})
         )
 
@@ -101,6 +97,11 @@ class RunInputs(StrictModel):
             )
 
 
+def learns_the_same(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes differ at most in how they are run."""
+    return one.model_dump(exclude=set(_HOW)) == other.model_dump(exclude=set(_HOW))
+
+
 def read_inputs(folder: Path, storage: str | None = None) -> RunInputs | None:
     """What a run was started with; None where no run was, or one of another mmllm.
 
@@ -108,10 +109,11 @@ def read_inputs(folder: Path, storage: str | None = None) -> RunInputs | None:
         folder: the run's; it is called as the run.
         storage: where the run's checkpoints are, which have a copy, should the folder be lost.
     """
-    for read in (
+    ways: tuple[Callable[[], str], ...] = (
         lambda: (folder / INPUTS).read_text(encoding="utf-8"),
         lambda: read_beside_checkpoints(storage, folder.name, INPUTS) if storage else "",
-    ):
+    )
+    for read in ways:
         try:
             return RunInputs.model_validate_json(read())
         except (OSError, ValueError):
@@ -119,10 +121,17 @@ def read_inputs(folder: Path, storage: str | None = None) -> RunInputs | None:
     return None
 
 
-def write_inputs(folder: Path, inputs: RunInputs) -> None:
-    """Record what a run is started with in its folder."""
+def write_inputs(folder: Path, inputs: RunInputs, storage: str | None = None) -> None:
+    """Record what a run is started with; folder and storage as for `read_inputs`.
+
+    Raises:
+        EnvironmentLack: the storage cannot be written to.
+    """
+    text = inputs.model_dump_json(indent=2)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RECIPE).write_text(
         yaml.safe_dump(inputs.recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
     )
-    (folder / INPUTS).write_text(inputs.model_dump_json(indent=2), encoding="utf-8")
+    (folder / INPUTS).write_text(text, encoding="utf-8")
+    if storage:
+        write_beside_checkpoints(storage, folder.name, INPUTS, text)

@@ -34,6 +34,11 @@ def runs_folder() -> Path:
     return home() / "runs"
 
 
+def runs_here() -> str:
+    """Names of this machine's runs, for a message."""
+    return ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{LOG}"))) or "none yet"
+
+
 class Answer(StrictModel):
     """A held-out question, and what was answered before and after training."""
 
@@ -106,8 +111,7 @@ def read_run(run: str | Path) -> RunRecord:
     """
     folder = Path(run) if Path(run).is_dir() else runs_folder() / run
     if not (folder / LOG).is_file():
-        there = ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{LOG}"))) or "none yet"
-        raise DataError(f"{folder}: no run is there ('{LOG}' is missing); runs of this machine: {there}")
+        raise DataError(f"{folder}: no run is there ('{LOG}' is missing); runs of this machine: {runs_here()}")
     recipe = folder / RECIPE
     return RunRecord(
         folder=folder.resolve(),

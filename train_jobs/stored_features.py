@@ -9,7 +9,7 @@ from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.data.image_keys import ImageKeys
 from mmllm_core.errors import ImageError, TrainingError
 from mmllm_core.models.home import features_cache_bytes, image_keys
-from mmllm_core.vision import content_key
+from mmllm_core.vision import feature_key
 
 _MAX_PIXELS: int = VisionConfig.model_fields["max_pixels"].default
 
@@ -35,7 +35,7 @@ class StoredFeatures:
         """
         for path in paths:
             pixels = self._keys.remembered(path)
-            known = content_key(pixels, self._fingerprint) in self._store if pixels else path.is_file()
+            known = feature_key(pixels, self._fingerprint) in self._store if pixels else path.is_file()
             if not known:
                 return path
         return None
@@ -47,7 +47,7 @@ class StoredFeatures:
             TrainingError: the image cannot be read.
         """
         try:
-            key = content_key(self._keys.pixel_hash(path), self._fingerprint)
+            key = feature_key(self._keys.pixel_hash(path), self._fingerprint)
         except ImageError as error:
             raise TrainingError(str(error)) from error
         return self._store.get(key)

@@ -35,13 +35,12 @@ from train_jobs.launch import (
     has_checkpoints,
     remove_run,
     run_workers,
-    write_beside_checkpoints,
 )
 from train_jobs.origins import Origins, find_origins, starting_profile
 from train_jobs.progress import console, following, read_metrics, step_lines
 from train_jobs.report import write_report
-from train_jobs.run_inputs import INPUTS, RunInputs, read_inputs, write_inputs
-from train_jobs.run_record import LOG, has_ended, read_run, runs_folder
+from train_jobs.run_inputs import RunInputs, learns_the_same, read_inputs, write_inputs
+from train_jobs.run_record import LOG, has_ended, read_run, runs_folder, runs_here
 from train_jobs.stop_notice import clear_notice, read_notice
 from train_jobs.stored_features import StoredFeatures
 from train_jobs.trackers import open_tracker, require_tracker
@@ -125,8 +124,7 @@ def _train(inputs: RunInputs, origins: Origins, recorded: RunInputs | None, *, d
     if not goes_on:
         shutil.rmtree(folder, ignore_errors=True)
         remove_run(storage, recipe.name)
-    write_inputs(folder, inputs)
-    write_beside_checkpoints(storage, recipe.name, INPUTS, inputs.model_dump_json(indent=2))
+    write_inputs(folder, inputs, storage)
     clear_notice(folder)
     loop = LoopConfig(
         recipe=recipe.model_dump(mode="json"),
@@ -194,8 +192,7 @@ def resume(name: str, changes: dict[str, Any] | None = None) -> TrainedRun:
     """
     recorded = read_inputs(runs_folder() / name)
     if recorded is None:
-        there = ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{LOG}"))) or "none yet"
-        raise TrainingError(f"--resume {name}: no such run; runs of this machine: {there}")
+        raise TrainingError(f"--resume {name}: no such run; runs of this machine: {runs_here()}")
     recipe = recorded.changed(changes or {})
     inputs, origins = _prepare(recipe)
     recorded.require_unchanged(inputs)
@@ -243,7 +240,7 @@ def _finished_run(recipe: Recipe) -> TrainedRun | None:
         made_by = Recipe.model_validate(bundle.info.recipe)
     except (BundleError, ValueError):
         return None
-    return _read_run(bundle) if RunInputs.learns_the_same(made_by, recipe) else None
+    return _read_run(bundle) if learns_the_same(made_by, recipe) else None
 
 
 def _read_run(bundle: Bundle) -> TrainedRun:

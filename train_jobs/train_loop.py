@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from train_jobs.throughput import ModelWork
     from train_jobs.training_step import StepResult
 
-_SMOOTHING = 0.95
-"""Of the loss's exponential moving average: about twenty steps' memory."""
 _NOTHING_LEARNED = 1e9
 """What the loss is taken for where every step so far was left out; Ray keeps no infinities."""
 _LOOK_AROUND = 1.0
@@ -76,17 +74,6 @@ def train_loop(values: dict[str, Any]) -> None:
     except MmllmError as error:
         leave_notice(config.folder, error)
         raise
-
-
-def _smoothed(state: RunState, loss: float) -> float:
-    """The loss's moving average, without the bias towards its beginning (as Adam's moments: arXiv:1412.6980, section
-    3); a step that left everything out does not count."""
-    if not math.isfinite(loss):
-        return state.loss_ema
-    if not state.loss_ema:  # nothing was learned yet
-        return loss
-    weight = (1 - _SMOOTHING) / (1 - _SMOOTHING ** (state.step + 1))
-    return state.loss_ema + weight * (loss - state.loss_ema)
 
 
 def _finite(value: float) -> float | None:
@@ -189,8 +176,7 @@ class _Worker:
             seed_step(recipe.seed, state.step, self.rank)
             done = training_step(engine, next(batches), step=state.step + 1, on_non_finite=recipe.on_non_finite)
             seconds = time.monotonic() - began
-            ema = _smoothed(state, done.loss)
-            state = RunState(state.step + 1, ema, state.before, state.seconds + seconds)
+            state = state.after_step(done.loss, seconds)
             memory, look = self._worst(engine.device, time.monotonic() - looked > _LOOK_AROUND)
             self._say_step(state, done, rates, seconds, memory, work)
             due = state.step % recipe.checkpoint.every_steps == 0 or state.step == recipe.steps

@@ -98,12 +98,13 @@ def _connector(recipe: Recipe, profile: Profile, origins: Origins, weights: "dic
     from mmllm_core.connectors import LmShape, build_connector
     from mmllm_core.language import load_language_model
 
-    if not weights and origins.bundle is None:
+    if not weights and origins.bundle:
+        weights = load_file(origins.bundle / "connector.safetensors")
+    if not weights:
         torch.manual_seed(recipe.seed)
         return starting_connector(profile, origins, load_language_model(profile.language, origins.language))
     connector = build_connector(profile.connector, origins.d_vision, LmShape.read(origins.language))
-    whole = weights or load_file(_require_bundle(origins) / "connector.safetensors")
-    connector.load_state_dict(whole)
+    connector.load_state_dict(weights)
     return connector
 
 
@@ -140,8 +141,3 @@ def _vision(profile: Profile, origins: Origins, weights: "dict[str, Tensor]", fo
     tower.load_state_dict(weights, strict=False)  # blocks after the feature layer are not trained
     save_vision(tower, origins.vision, folder)
     return folder, ClipEncoder(profile.vision, folder).fingerprint
-
-
-def _require_bundle(origins: Origins) -> Path:
-    assert origins.bundle is not None
-    return origins.bundle

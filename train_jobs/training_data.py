@@ -4,28 +4,23 @@ In: the recipe's stream of conversations, and where images' arrays come from. Ou
 conversation that cannot be learned from ends the run with an error that names it. Does not know the model or DeepSpeed.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mmllm_core.config import Profile, Recipe
 from mmllm_core.conversation import render
 from mmllm_core.data.batching import Encoded, micro_batches
-from mmllm_core.data.collate import Batch
+from mmllm_core.data.collate import Batch, ImageArray
 from mmllm_core.data.sample import Sample
 from mmllm_core.data.sampling import worker_samples
 from mmllm_core.errors import ConversationError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-ImageArray = NDArray[np.float16] | NDArray[np.float32]
-"""Features (n_patches, d_vision), or pixels (3, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +43,7 @@ class Encoding:
         n_patches: int,
     ) -> "Encoding":
         """As recipe and profile say."""
-        longest = profile.language.context_length
-        return cls(
-            tokenizer,
-            images,
-            profile.connector.n_tokens(n_patches),
-            min(longest, recipe.batching.pack_tokens or longest),
-        )
+        return cls(tokenizer, images, profile.connector.n_tokens(n_patches), longest_row(recipe, profile))
 
     def __call__(self, sample: Sample) -> Encoded:
         """Encode a conversation.
@@ -76,6 +65,11 @@ class Encoding:
             raise TrainingError(f"sample '{sample.id}': {error}; {limits} set the limit") from error
         except TrainingError as error:
             raise TrainingError(f"sample '{sample.id}': {error}") from error
+
+
+def longest_row(recipe: Recipe, profile: Profile) -> int:
+    """Positions that a row of a batch may have at most: a conversation, or as many as are packed together."""
+    return min(profile.language.context_length, recipe.batching.pack_tokens or sys.maxsize)
 
 
 def step_batches(

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from mmllm_core.audio.transcript import SpeechTask, Word
 
+SAMPLES_PER_POSITION = 2 * 160
+"""Of the encoder."""
 MAX_TOKENS = 224
 """Of a window, as in Whisper's own code: half of the decoder's context."""
 TOKENS_PER_SECOND = 12

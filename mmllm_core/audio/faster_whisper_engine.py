@@ -16,6 +16,7 @@ from mmllm_core.audio.engine import (
     APPENDED,
     PREPENDED,
     SAMPLES_AT_TEMPERATURE,
+    SAMPLES_PER_POSITION,
     Decoded,
     token_limit,
 )
@@ -24,9 +25,6 @@ from mmllm_core.audio.transcript import SpeechTask, Word
 from mmllm_core.audio.windows import WINDOW_SECONDS
 from mmllm_core.config import AudioConfig
 from mmllm_core.errors import WeightsError, first_line
-
-_STEP = 2 * 160
-"""Samples that one position of the encoder stands for."""
 
 
 class FasterWhisperEngine:
@@ -122,7 +120,9 @@ class FasterWhisperEngine:
         longest = max(window.size for window in windows)
         n_samples = WINDOW_SECONDS * SAMPLE_RATE
         if not in_full and self._tail is not None:
-            n_samples = min(n_samples, -(-(longest + int(self._tail * SAMPLE_RATE)) // _STEP) * _STEP)
+            n_samples = min(
+                n_samples, -(-(longest + int(self._tail * SAMPLE_RATE)) // SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION
+            )
         padded = [np.pad(window[:n_samples], (0, max(0, n_samples - window.size))) for window in windows]
         mel = np.stack([self._model.feature_extractor(samples, padding=0) for samples in padded])
         return self._model.encode(mel)  # (n_windows, n_mels, n_samples / 160)
@@ -148,7 +148,7 @@ class FasterWhisperEngine:
         """Times of words: the decoder's attention follows the sound, over each window's own length."""
         from faster_whisper.transcribe import merge_punctuations
 
-        frames = [2 * (window.size // _STEP) for window in windows]
+        frames = [2 * (window.size // SAMPLES_PER_POSITION) for window in windows]
         if len(windows) == 1 or all(tokens):
             alignments = self._align(tokenizer, tokens, encoded, frames)
         else:  # nothing cannot be aligned

@@ -18,6 +18,7 @@ from mmllm_core.audio.engine import (
     APPENDED,
     PREPENDED,
     SAMPLES_AT_TEMPERATURE,
+    SAMPLES_PER_POSITION,
     Decoded,
     token_limit,
 )
@@ -27,9 +28,6 @@ from mmllm_core.audio.windows import WINDOW_SECONDS
 from mmllm_core.config import AudioConfig
 from mmllm_core.errors import EnvironmentLack, WeightsError
 from mmllm_core.interop.whisper_weights import DIMENSIONS, WEIGHTS, openai_whisper_weights
-
-_STEP = 2 * 160
-"""Samples that one position of the encoder stands for."""
 
 
 class OpenAiWhisperEngine:
@@ -62,7 +60,8 @@ class OpenAiWhisperEngine:
     def detect_language(self, samples: NDArray[np.float32]) -> str:
         """As `WhisperEngine.detect_language`."""
         _, [probabilities] = self._model.detect_language(self._mel([samples]))
-        return max(probabilities, key=probabilities.__getitem__)
+        likeliest: str = max(probabilities, key=probabilities.__getitem__)
+        return likeliest
 
     def decode(
         self, windows: Sequence[NDArray[np.float32]], task: SpeechTask, language: str, temperature: float, in_full: bool
@@ -130,7 +129,7 @@ class OpenAiWhisperEngine:
         tokenizer = self._tokenizer(task, language)
         found = []
         for result, spectrum, window in zip(results, mel, windows, strict=True):
-            frames = 2 * (window.size // _STEP)
+            frames = 2 * (window.size // SAMPLES_PER_POSITION)
             alignment: Any = find_alignment(self._model, tokenizer, result.tokens, spectrum, frames) if frames else []
             merge_punctuations(alignment, PREPENDED, APPENDED)
             found.append(tuple(Word(float(w.start), float(w.end), w.word) for w in alignment if w.word))

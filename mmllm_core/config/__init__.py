@@ -1,5 +1,15 @@
 """Every YAML that mmllm reads, as pydantic models: an unknown key is an error that names the key."""
 
+from mmllm_core.config.connectors import (
+    BaseConnectorConfig,
+    ConnectorConfig,
+    CrossAttentionConfig,
+    LinearConfig,
+    MlpConfig,
+    QueriesConfig,
+    ResamplerConfig,
+    connector_kinds,
+)
 from mmllm_core.config.data import (
     ChatData,
     DataConfig,
@@ -12,22 +22,16 @@ from mmllm_core.config.engine import VllmConfig
 from mmllm_core.config.profile import (
     NAME_PATTERN,
     AudioConfig,
-    ConnectorConfig,
-    CrossAttentionConfig,
     Dtype,
     HubSource,
     LanguageConfig,
-    LinearConfig,
     LoraConfig,
-    MlpConfig,
     Name,
     Origin,
     PackageSource,
     PathSource,
     Profile,
     Quantization,
-    QueriesConfig,
-    ResamplerConfig,
     Sha256,
     Source,
     SpeechDtype,
@@ -59,6 +63,7 @@ from mmllm_core.config.recipe import (
 __all__ = [
     "NAME_PATTERN",
     "AudioConfig",
+    "BaseConnectorConfig",
     "BatchingConfig",
     "ChatData",
     "CheckpointConfig",
@@ -100,6 +105,7 @@ __all__ = [
     "ZeroConfig",
     "apply_overrides",
     "check_recipe",
+    "connector_kinds",
     "load_config",
     "parse_config",
     "parse_overrides",

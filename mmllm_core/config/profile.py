@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from mmllm_core.config.connectors import ConnectorConfig, MlpConfig
 from mmllm_core.config.reading import StrictModel
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -122,67 +123,6 @@ class LanguageConfig(StrictModel):
     quantization: Quantization = "none"
     dtype: Dtype = "bfloat16"
     context_length: int = Field(default=2048, gt=0)
-
-
-class _ProjectionConfig(StrictModel):
-    input_norm: bool = False
-    """Layer norm over each feature before the first layer; LLaVA has none."""
-    bias: bool = True
-
-    def n_tokens(self, n_features: int) -> int:
-        """LM positions that an image of `n_features` features takes: one a feature."""
-        return n_features
-
-
-class LinearConfig(_ProjectionConfig):
-    """One linear layer from features to LM embeddings."""
-
-    kind: Literal["linear"] = "linear"
-
-
-class MlpConfig(_ProjectionConfig):
-    """Two linear layers with GELU between: LLaVA-1.5's `mlp2x_gelu`."""
-
-    kind: Literal["mlp"] = "mlp"
-
-
-class QueriesConfig(StrictModel):
-    """Learned queries that read an image's features, however many those are."""
-
-    n_queries: int = Field(default=64, gt=0)
-    depth: int = Field(default=2, gt=0)
-    """Blocks in which they read."""
-    head_dim: int = Field(default=64, gt=0)
-
-
-class ResamplerConfig(QueriesConfig):
-    """A Perceiver resampler, whose queries are spliced into the prompt."""
-
-    kind: Literal["resampler"] = "resampler"
-
-    def n_tokens(self, n_features: int) -> int:
-        """LM positions that an image takes: one a query."""
-        return self.n_queries
-
-
-class CrossAttentionConfig(QueriesConfig):
-    """Gated cross-attention blocks before every k-th LM layer, which attend to resampled features."""
-
-    kind: Literal["cross_attention"] = "cross_attention"
-    every_k_layers: int = Field(default=4, gt=0)
-    gate_rate: float = Field(default=1.0, gt=0)
-    """What gates are multiplied with before Flamingo's tanh. Adam moves every parameter by about the learning rate a
-    step, and a gate has further to go than weights have: at 1 it stays all but shut as long as a short run lasts."""
-
-    def n_tokens(self, n_features: int) -> int:
-        """LM positions that an image takes: one, which marks where it was put."""
-        return 1
-
-
-ConnectorConfig = Annotated[
-    LinearConfig | MlpConfig | ResamplerConfig | CrossAttentionConfig, Field(discriminator="kind")
-]
-"""The trained bridge from features to LM embeddings."""
 
 
 class LoraConfig(StrictModel):

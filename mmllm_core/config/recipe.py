@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mmllm_core.config.connectors import ConnectorConfig
 from mmllm_core.config.data import ChatData, DataConfig, absolute
-from mmllm_core.config.profile import ConnectorConfig, LoraConfig, Name, Profile
+from mmllm_core.config.profile import LoraConfig, Name, Profile
 from mmllm_core.config.reading import StrictModel
 from mmllm_core.errors import ConfigError
 

@@ -4,17 +4,14 @@
 text and lets the LM's layers look at the images. A connector does not know images, tokens or files.
 """
 
-from mmllm_core.config import (
-    ConnectorConfig,
-    CrossAttentionConfig,
-    LinearConfig,
-    MlpConfig,
-    ResamplerConfig,
-)
+from pkgutil import resolve_name
+
+from mmllm_core.config import ConnectorConfig
 from mmllm_core.connectors.base import Connector, LmShape
 from mmllm_core.connectors.cross_attention import CrossAttentionConnector, Media
 from mmllm_core.connectors.projection import LinearConnector, MlpConnector
 from mmllm_core.connectors.resampler import PerceiverResampler, ResamplerConnector
+from mmllm_core.errors import ConfigError
 
 __all__ = [
     "Connector",
@@ -39,18 +36,13 @@ def build_connector(config: ConnectorConfig, d_vision: int, lm: LmShape, output_
             Small LMs have small embeddings, and a connector that starts at their scale learns sooner.
 
     Raises:
-        ConfigError: the LM has too few layers for the config.
+        ConfigError: the LM has too few layers for the config, or what the config builds is not there.
     """
-    connector: Connector
-    match config:
-        case LinearConfig():
-            connector = LinearConnector(config, d_vision, lm)
-        case MlpConfig():
-            connector = MlpConnector(config, d_vision, lm)
-        case ResamplerConfig():
-            connector = ResamplerConnector(config, d_vision, lm)
-        case CrossAttentionConfig():
-            connector = CrossAttentionConnector(config, d_vision, lm)
+    try:
+        build = resolve_name(config.builds)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"connector {config.kind}: {config.builds} cannot be imported: {error}") from error
+    connector: Connector = build(config, d_vision, lm)
     if output_std is not None:
         connector.scale_output(output_std)
     return connector

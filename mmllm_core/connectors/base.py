@@ -60,7 +60,8 @@ class Connector(nn.Module):
 
     def place(self, features: Tensor) -> Tensor:
         """What stands in the prompt for images with features (n_images, n, d_vision): (n_images, n_tokens, d_model)."""
-        return self(features)
+        embeddings: Tensor = self(features)
+        return embeddings
 
     @property
     def dtype(self) -> torch.dtype:

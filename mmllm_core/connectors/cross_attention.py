@@ -74,7 +74,8 @@ class CrossAttentionConnector(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Resample features (n_images, n, d_vision) to what layers attend to (n_images, n_queries, d_model)."""
-        return self.linear(self.resampler(features.to(self.dtype)))
+        media: Tensor = self.linear(self.resampler(features.to(self.dtype)))
+        return media
 
     def attach(self, decoder: Any) -> None:
         """Let the layers of a Hugging Face decoder (`causal_lm.base_model`) pass through the blocks.

@@ -24,7 +24,8 @@ class LinearConnector(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Project features (b, n, d_vision) to embeddings (b, n, d_model)."""
-        return self.linear(self.norm(features.to(self.dtype)))
+        embeddings: Tensor = self.linear(self.norm(features.to(self.dtype)))
+        return embeddings
 
 
 class MlpConnector(Connector):
@@ -44,4 +45,5 @@ class MlpConnector(Connector):
     def forward(self, features: Tensor) -> Tensor:
         """Project features (b, n, d_vision) to embeddings (b, n, d_model)."""
         hidden = nn.functional.gelu(self.linear_1(self.norm(features.to(self.dtype))))  # (b, n, d_model)
-        return self.linear_2(hidden)
+        embeddings: Tensor = self.linear_2(hidden)
+        return embeddings

@@ -26,7 +26,8 @@ class ResamplerConnector(Connector):
 
     def forward(self, features: Tensor) -> Tensor:
         """Resample features (b, n, d_vision) to embeddings (b, n_queries, d_model)."""
-        return self.linear(self.resampler(features.to(self.dtype)))
+        embeddings: Tensor = self.linear(self.resampler(features.to(self.dtype)))
+        return embeddings
 
 
 class PerceiverResampler(nn.Module):
@@ -48,7 +49,8 @@ class PerceiverResampler(nn.Module):
         queries = self.queries.expand(len(features), -1, -1)  # (b, n_queries, d_vision)
         for block in self.blocks:
             queries = block(queries, features)
-        return self.norm(queries)
+        normed: Tensor = self.norm(queries)
+        return normed
 
 
 class _ResamplerBlock(nn.Module):
@@ -73,7 +75,8 @@ class _ResamplerBlock(nn.Module):
         k, v = (split_heads(x, self.n_heads) for x in self.to_kv(read).chunk(2, dim=-1))  # (b, h, n + q, d_head)
         attended = nn.functional.scaled_dot_product_attention(q, k, v)  # (b, h, q, d_head)
         queries = queries + self.to_out(attended.transpose(1, 2).flatten(2))
-        return queries + self.feed_forward(queries)
+        updated: Tensor = queries + self.feed_forward(queries)
+        return updated
 
 
 def feed_forward(width: int) -> nn.Sequential:
@@ -88,4 +91,5 @@ def feed_forward(width: int) -> nn.Sequential:
 
 def split_heads(x: Tensor, n_heads: int) -> Tensor:
     """(b, t, h * d_head) -> (b, h, t, d_head)."""
-    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    heads: Tensor = x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    return heads

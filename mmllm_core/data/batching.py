@@ -7,12 +7,9 @@ batch, or as many as fill a number of tokens; each lands in exactly one batch. D
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mmllm_core.config import BatchingConfig
 from mmllm_core.conversation import Rendered
-from mmllm_core.data.collate import Batch, collate_packed
+from mmllm_core.data.collate import Batch, ImageArray, collate_packed
 
 
 @dataclass(frozen=True)
@@ -20,8 +17,7 @@ class Encoded:
     """A conversation ready to be batched."""
 
     rendered: Rendered
-    images: tuple[NDArray[np.float16] | NDArray[np.float32], ...]
-    """One an image: features (n, d_vision), or pixels (3, h, w) where the model has the vision tower."""
+    images: tuple[ImageArray, ...]
     id: str = ""
 
     @property

@@ -64,8 +64,10 @@ class Batch:
         return 0 if shown is None else len(shown)
 
 
-Images = Sequence[NDArray[np.float16] | NDArray[np.float32]]
-"""One array an image, in order of appearance over a whole batch: features (n, d_vision), or pixels (3, h, w)."""
+ImageArray = NDArray[np.float16] | NDArray[np.float32]
+"""Of one image: features (n, d_vision), or pixels (3, h, w) where the model has the vision tower."""
+Images = Sequence[ImageArray]
+"""In order of appearance over a whole batch."""
 
 
 def blank_batch() -> Batch:

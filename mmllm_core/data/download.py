@@ -124,7 +124,8 @@ def _fetch_rest(client: "httpx.Client", url: str, partial: Path, progress: Progr
 
 def _strong_validator(headers: "httpx.Headers") -> str | None:
     etag = headers.get("ETag")
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+    validator: str | None = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified")
+    return validator
 
 
 def _state(partial: Path) -> Path:

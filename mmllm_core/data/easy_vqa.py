@@ -28,7 +28,6 @@ SOURCE = PackageSource(
 )
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-KINDS = ("yes/no", "shape", "colour")
 
 Split = Literal["train", "test"]
 

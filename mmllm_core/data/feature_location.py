@@ -31,7 +31,7 @@ _URL = re.compile(r"^([a-z][a-z0-9+.-]+):/")
 
 
 @dataclass(frozen=True)
-class StoredFile:
+class ListedFile:
     """A file as a listing shows it; `modified` in seconds since 1970."""
 
     name: str
@@ -51,7 +51,7 @@ class FeatureLocation(Protocol):
     def __str__(self) -> str:
         """The location as a person wrote it."""
 
-    def list(self) -> list[StoredFile]:
+    def list(self) -> list[ListedFile]:
         """All files, in order of name; none if the place does not exist yet."""
 
     def put(self, name: str, pieces: Sequence[Bytes]) -> None:
@@ -108,7 +108,7 @@ class LocalFolder:
     def __str__(self) -> str:
         return str(self._folder)
 
-    def list(self) -> list[StoredFile]:
+    def list(self) -> list[ListedFile]:
         found = []
         try:
             with os.scandir(self._folder) as entries:
@@ -118,7 +118,7 @@ class LocalFolder:
                     except FileNotFoundError:  # removed while we look
                         continue
                     if entry.is_file():
-                        found.append(StoredFile(entry.name, status.st_size, status.st_mtime))
+                        found.append(ListedFile(entry.name, status.st_size, status.st_mtime))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -177,7 +177,7 @@ class ObjectStore:
     def __str__(self) -> str:
         return self._url
 
-    def list(self) -> list[StoredFile]:
+    def list(self) -> list[ListedFile]:
         try:
             self._fs.invalidate_cache()
             entries = self._fs.ls(self._prefix, detail=True)
@@ -186,7 +186,7 @@ class ObjectStore:
         except OSError as error:
             raise _unreachable(self, error) from error
         files = [
-            StoredFile(entry["name"].rpartition("/")[2], int(entry["size"]), _modified(entry))
+            ListedFile(entry["name"].rpartition("/")[2], int(entry["size"]), _modified(entry))
             for entry in entries
             if entry["type"] == "file"
         ]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmllm_core.data.feature_location import FeatureLocation, StoredFile, open_location
+from mmllm_core.data.feature_location import FeatureLocation, ListedFile, open_location
 from mmllm_core.data.feature_shards import (
     ARRAY,
     INDEX,
@@ -284,7 +284,7 @@ def _delete(place: FeatureLocation, name: str) -> None:
     place.delete(name + ARRAY)
 
 
-def _size(listing: dict[str, StoredFile], name: str) -> int:
+def _size(listing: dict[str, ListedFile], name: str) -> int:
     return listing[name].n_bytes if name in listing else 0
 
 

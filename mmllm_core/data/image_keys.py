@@ -79,10 +79,11 @@ class ImageKeys:
     def _execute(self, statement: str, values: tuple[str | int, ...]) -> tuple[str] | None:
         with self._lock:
             try:
-                return self._database.execute(statement, values).fetchone()
+                row: tuple[str] | None = self._database.execute(statement, values).fetchone()
             except sqlite3.Error as error:
                 self._database = self._own_memory(error)
-                return self._database.execute(statement, values).fetchone()
+                row = self._database.execute(statement, values).fetchone()
+            return row
 
     def _own_memory(self, error: Exception) -> sqlite3.Connection:
         _log.warning("image files are remembered by this process alone: %s", error)

@@ -86,8 +86,6 @@ class LintReport:
     rows: int = 0
     images: int = 0
     """Distinct image names."""
-    tokenized: int = 0
-    """Rows whose length was counted because their bytes did not settle it."""
     findings: dict[FaultKind, Finding] = field(default_factory=dict)
 
     @property
@@ -141,7 +139,6 @@ def lint(path: Path, options: LintOptions, on_rows: Callable[[int], None] = lamb
                     names.add(key)
                     images.put(row.number, record.id, name)
             if bound and loads and not bound.surely_fits(record):
-                report.tokenized += 1
                 lengths.put(row.number, record.id, record)
             for fault in faults:
                 report.add(fault, row.number, record.id)

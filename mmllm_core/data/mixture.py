@@ -13,7 +13,7 @@ rows has given each row once after n of its samples.
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +109,7 @@ class _MappedSource:
 class _StreamedSource:
     """Rows in the order in which they come; what lies before the index asked for is read and dropped."""
 
-    def __init__(self, source: DataSource, rows: Iterator[dict]):
+    def __init__(self, source: DataSource, rows: Iterator[dict[str, Any]]):
         self._source = source
         self._rows = rows
         self._next = 0
@@ -124,7 +124,7 @@ def _images(source: DataSource) -> Path | None:
     return source.images_folder if isinstance(source, LlavaData) else None
 
 
-def _easy_vqa_rows(source: EasyVqaData, seed: int) -> Iterator[dict]:
+def _easy_vqa_rows(source: EasyVqaData, seed: int) -> Iterator[dict[str, Any]]:
     from datasets import IterableDataset
 
     arguments = {"folder": easy_vqa.fetch(), "data": source, "seed": seed}
@@ -132,7 +132,7 @@ def _easy_vqa_rows(source: EasyVqaData, seed: int) -> Iterator[dict]:
     return iter(endless)
 
 
-def _epochs(dataset: "IterableDataset", file: Path, seed: list[int]) -> Iterator[dict]:
+def _epochs(dataset: "IterableDataset", file: Path, seed: list[int]) -> Iterator[dict[str, Any]]:
     generator = np.random.default_rng(seed)
     shuffled = dataset.shuffle(seed=int(generator.integers(1 << 62)), buffer_size=_SHUFFLE_BUFFER)
     for epoch in count():

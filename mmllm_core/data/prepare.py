@@ -154,7 +154,7 @@ def _fetch_conversations(publication: Publication, folder: Path, revision: str) 
     if target.is_file():
         return target
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     commit = _commit(publication, revision, target)
     try:
@@ -169,7 +169,7 @@ def _fetch_conversations(publication: Publication, folder: Path, revision: str) 
 def _commit(publication: Publication, revision: str, target: Path) -> str:
     """The commit that a revision means now. Asked first, for it fails at once where there is no network."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     try:
         commit = HfApi().dataset_info(publication.repo, revision=revision, timeout=20).sha

@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,21 @@ class Call:
         """Hand an item to the caller, from any thread; its loop may be gone."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.chunks.put_nowait, item)
+
+
+def send_all(items: Iterable[tuple[Call, Item]]) -> None:
+    """Hand items to their callers, from any thread, waking each event loop once; a loop may be gone."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Call, Item]]] = defaultdict(list)
+    for call, item in items:
+        by_loop[call.loop].append((call, item))
+    for loop, deliveries in by_loop.items():
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+def _deliver(deliveries: list[tuple[Call, Item]]) -> None:
+    for call, item in deliveries:
+        call.chunks.put_nowait(item)
 
 
 def positions(request: EngineRequest, context_length: int, capacity: int) -> int:

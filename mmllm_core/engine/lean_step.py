@@ -87,7 +87,8 @@ class LeanStep:
             hidden = layer.out.plus(attended, hidden)
             normed = self._normed(hidden, layer.mlp_norm)
             hidden = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), hidden)
-        return self._head(self._normed(hidden, self._norm))  # (n_last, vocab)
+        logits: Tensor = self._head(self._normed(hidden, self._norm))  # (n_last, vocab)
+        return logits
 
     def _attend(self, i: int, layer: _Layer, hidden: Tensor, layout: StepLayout, cos: Tensor, sin: Tensor) -> Tensor:
         joined = layer.qkv(self._normed(hidden, layer.norm))

@@ -126,7 +126,8 @@ class LoraLinear(nn.Module):
             own = flat if rows is None else flat.index_select(0, rows)
             update = linear(linear(own.to(down.dtype), down), up).to(out.dtype)  # (n, d_out)
             out = out + update if rows is None else out.index_add(0, rows, update)
-        return out.view(y.shape)
+        adapted: Tensor = out.view(y.shape)
+        return adapted
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the product."""
@@ -134,11 +135,13 @@ class LoraLinear(nn.Module):
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """The product times `other` (..., d_out)."""
-        return self(x) * other if self._line.groups else self.base.times(x, other)
+        product: Tensor = self(x) * other if self._line.groups else self.base.times(x, other)
+        return product
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
         """The product and `other` (..., d_out)."""
-        return self(x) + other if self._line.groups else self.base.plus(x, other)
+        total: Tensor = self(x) + other if self._line.groups else self.base.plus(x, other)
+        return total
 
 
 def adapt_linears(lm: "PreTrainedModel", line: LineAdapters) -> None:

@@ -53,10 +53,12 @@ class PackedLinear(nn.Module):
         return self._binary(x, other, "add") if self.is_packed else self(x) + other
 
     def _unary(self, x: Tensor, after: str) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, after, [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, after, [], "")
+        return out
 
     def _binary(self, x: Tensor, other: Tensor, after: str) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, after)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, after)
+        return out
 
 
 def is_packable(weight: Tensor) -> bool:

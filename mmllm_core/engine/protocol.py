@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mmllm_core.connectors import Media
     from mmllm_core.engine.lora import LoraAdapter
@@ -129,7 +130,7 @@ class EngineLoad:
 
 
 class Engine(Protocol):
-    """Both engines keep these promises; one conformance suite tests them.
+    """All engines keep these promises; one conformance suite tests them.
 
     Greedy output equals `model.generate`. A request that fails raises `EngineError` from its own iterator and
     leaves the others alone.
@@ -160,4 +161,35 @@ class Engine(Protocol):
 
     def shutdown(self) -> None:
         """End all requests and free what the engine holds."""
+        ...
+
+
+class StartEngine(Protocol):
+    """What starts an engine that another package adds (`mmllm.engines`): a class or a function."""
+
+    def __call__(
+        self,
+        lm: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        context_length: int,
+        kv_cache_bytes: int,
+        max_sequences: int,
+        step_tokens: int,
+        n_threads: int,
+    ) -> Engine:
+        """Start.
+
+        Args:
+            lm: in eval mode, its adapter merged if `phi.merged`; the engine has it to itself.
+            context_length: most positions that prompt and answer may take together.
+            kv_cache_bytes: memory for keys and values.
+            max_sequences: that run at a time.
+            step_tokens: positions that are computed at a time.
+            n_threads: CPU threads, on a CPU.
+
+        Raises:
+            ConfigError: the engine cannot run such an LM.
+            EngineError: it did not start.
+        """
         ...

@@ -71,8 +71,9 @@ class RopeOfLine(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (1, t, d) of positions (1, t)."""
         if self._near_length is None:
-            return self._rope(x, position_ids)
-        near = self._rope(x, position_ids.clamp(max=self._near_length - 1))
+            told: tuple[Tensor, Tensor] = self._rope(x, position_ids)
+            return told
+        near: tuple[Tensor, Tensor] = self._rope(x, position_ids.clamp(max=self._near_length - 1))
         if self._far is None:
             return near
         beyond = position_ids.new_full((1, 1), self._near_length)

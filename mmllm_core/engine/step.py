@@ -79,7 +79,8 @@ class PlainStep:
             "position_ids": layout.positions.unsqueeze(0),
             "paging": Paging(self._cache, layout),
         }
-        return self._lm(**inputs, use_cache=False, logits_to_keep=layout.last).logits[0]  # (n_last, vocab)
+        logits: Tensor = self._lm(**inputs, use_cache=False, logits_to_keep=layout.last).logits[0]  # (n_last, vocab)
+        return logits
 
 
 def step_of(lm: "PreTrainedModel", n_pages: int, context_length: int, adapters: LineAdapters | None = None) -> Step:

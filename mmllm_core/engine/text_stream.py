@@ -51,7 +51,8 @@ class TextStream:
         That piece is of whole characters. Behind a part of one, tokenizers with byte fallback spoil all the bytes.
         """
         context = self._tokenizer.decode(self._ids[self._context : self._start])
-        return self._tokenizer.decode(self._ids[self._context :])[len(context) :]
+        text: str = self._tokenizer.decode(self._ids[self._context :])[len(context) :]
+        return text
 
     def _release(self) -> str:
         found = [at for at in (self._pending.find(s) for s in self._stop) if at >= 0]

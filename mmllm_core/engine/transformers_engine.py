@@ -12,7 +12,7 @@ import contextlib
 import logging
 import queue
 import threading
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mmllm_core.engine.call import Call, Item, positions
+from mmllm_core.engine.call import Call, Item, positions, send_all
 from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.line_media import LineMedia
 from mmllm_core.engine.lora import LineAdapters
@@ -166,16 +166,16 @@ class TransformersEngine:
                 self._admit(sent)
                 if self._running:
                     self._advance(sent)
-                self._send(sent)
+                send_all(sent)
             self._ended = True
             while not self._incoming.empty():
                 self._receive(block=False)
-            self._send([(s.call, s.finish("abort")) for s in (*self._running, *self._waiting)])
+            send_all([(s.call, s.finish("abort")) for s in (*self._running, *self._waiting)])
         except BaseException as error:  # the thread's last words: health() and waiting callers repeat them
             self._failure = error
             self._ended = True
             _log.exception("the engine's thread died")
-            self._send([(call, EngineError(f"the engine died: {error}")) for call in list(self._calls.values())])
+            send_all([(call, EngineError(f"the engine died: {error}")) for call in list(self._calls.values())])
         self._running, self._waiting = [], deque()
 
     def _receive(self, *, block: bool) -> bool:
@@ -221,7 +221,8 @@ class TransformersEngine:
     def _prompt(self, request: EngineRequest) -> Tensor:
         """Embeddings (t, d_model) of a prompt."""
         if request.embeddings is None:
-            return self._embed(torch.tensor(request.token_ids, device=self._device))
+            embeddings: Tensor = self._embed(torch.tensor(request.token_ids, device=self._device))
+            return embeddings
         if request.embeddings.shape[1:] != self._embed.weight.shape[1:]:
             raise EngineError(
                 f"embeddings of shape {tuple(request.embeddings.shape)} for an LM {self._embed.weight.shape[1]} wide"
@@ -295,17 +296,3 @@ class TransformersEngine:
                 self._step.release(sequence.pages[0])
                 sequence.release(self._pool)
         self._running = [s for s in self._running if not s.finished]
-
-    def _send(self, items: list[tuple[Call, Item]]) -> None:
-        """Hand items to the callers' event loops, one call a loop; a loop may be gone."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Call, Item]]] = defaultdict(list)
-        for call, item in items:
-            by_loop[call.loop].append((call, item))
-        for loop, deliveries in by_loop.items():
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(_deliver, deliveries)
-
-
-def _deliver(deliveries: list[tuple[Call, Item]]) -> None:
-    for call, item in deliveries:
-        call.chunks.put_nowait(item)

@@ -73,5 +73,6 @@ class UnpagedStep:
             use_cache=True,
             logits_to_keep=1,
         )
-        self._computed[page] = _Computed(out.past_key_values, length, out.logits[0, -1])
-        return out.logits[0, -1]
+        logits: Tensor = out.logits[0, -1]  # (vocab,)
+        self._computed[page] = _Computed(out.past_key_values, length, logits)
+        return logits

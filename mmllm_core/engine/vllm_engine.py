@@ -208,7 +208,7 @@ class VllmEngine:
 
         engine = self
 
-        class Stats(StatLoggerBase):
+        class Stats(StatLoggerBase):  # type: ignore[misc]  # of a package without types
             """Keeps what the scheduler says of itself."""
 
             def __init__(self, vllm_config: Any, engine_index: int = 0):

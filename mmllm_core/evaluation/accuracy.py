@@ -131,16 +131,6 @@ def commonest_answer_baseline(questions: Sequence[Question]) -> Scores:
     return score_by_kind(questions, [commonest[q.kind] for q in questions])
 
 
-def merge_scores(parts: Sequence[Scores]) -> Scores:
-    """Add up the scores of disjoint sets of questions."""
-    kinds = dict.fromkeys(kind for part in parts for kind in part)
-    empty = Score(0, 0)
-    return {
-        kind: Score(sum(p.get(kind, empty).right for p in parts), sum(p.get(kind, empty).asked for p in parts))
-        for kind in kinds
-    }
-
-
 def scores_to_json(scores: Scores) -> dict[str, list[int]]:
     """`{kind: [right, asked]}`, as bundles and logs record it."""
     return {kind: [score.right, score.asked] for kind, score in scores.items()}

@@ -179,7 +179,7 @@ def _forward(
 ) -> Tensor:
     """Logits (b, 1, vocab) after embeddings (b, s, d_model), whose keys and values join the cache."""
     with model.showing(media):
-        return model.causal_lm(
+        logits: Tensor = model.causal_lm(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=position_ids,
@@ -187,6 +187,7 @@ def _forward(
             use_cache=True,
             logits_to_keep=1,
         ).logits
+        return logits
 
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:

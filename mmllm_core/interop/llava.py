@@ -121,14 +121,15 @@ def _licence(folder: Path) -> str | None:
 def _feature_layer(config: "LlavaConfig") -> int:
     """The layer counted from the end: Hugging Face numbers blocks from 1, for 0 is what enters the first."""
     n_blocks, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
-    from_end = layer if layer < 0 else layer - n_blocks - 1
+    from_end: int = layer if layer < 0 else layer - n_blocks - 1
     if not -n_blocks <= from_end <= -1:
         raise WeightsError(f"vision_feature_layer {layer}: the vision tower's {n_blocks} blocks have no such output")
     return from_end
 
 
 def _context(config: "LlavaConfig", profile: Profile) -> int:
-    return min(profile.language.context_length, config.text_config.max_position_embeddings)
+    shorter: int = min(profile.language.context_length, config.text_config.max_position_embeddings)
+    return shorter
 
 
 def _load_connector(config: "LlavaConfig", weights: LlavaCheckpoint) -> Connector:

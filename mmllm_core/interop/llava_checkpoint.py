@@ -58,7 +58,8 @@ class LlavaCheckpoint:
 
     def tensor(self, part: str, name: str) -> Tensor:
         """Read one tensor."""
-        return self._open(part, name, lambda stored, key: stored.get_tensor(key))
+        weight: Tensor = self._open(part, name, lambda stored, key: stored.get_tensor(key))
+        return weight
 
     def part(self, part: str) -> dict[str, Tensor]:
         """Read a whole part; for the small ones."""
@@ -149,7 +150,8 @@ def _part_and_name(key: str, path: Path) -> tuple[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
     except FileNotFoundError:
         raise WeightsError(f"{path}: missing: the folder is not a LLaVA checkpoint") from None
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmllm_core.bundle import Bundle, MergedAdapter
-from mmllm_core.config import Dtype
+from mmllm_core.config import Dtype, MlpConfig
 from mmllm_core.errors import ExportError
 from mmllm_core.interop.clip_weights import HuggingFaceTower, read_open_clip
 from mmllm_core.interop.llava_checkpoint import LANGUAGE_TYPES
@@ -68,7 +68,7 @@ def _check_expressible(bundle: Bundle) -> None:
 
     name, profile = bundle.info.name, bundle.profile
     connector = profile.connector
-    if connector.kind != "mlp":
+    if not isinstance(connector, MlpConfig):
         raise ExportError(f"bundle '{name}': its connector is '{connector.kind}' and LLaVA's is an mlp")
     if connector.input_norm:
         raise ExportError(

@@ -74,7 +74,8 @@ def processor_ids(processor: Any, messages: Sequence[Message], n_image_tokens: i
     text = processor.apply_chat_template(_as_parts(messages), add_generation_prompt=True)
     bos = processor.tokenizer.bos_token
     expanded = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * n_image_tokens)
-    return processor.tokenizer(expanded, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+    ids: list[int] = processor.tokenizer(expanded, add_special_tokens=not (bos and text.startswith(bos))).input_ids
+    return ids
 
 
 def _require_equal_ids(processor: Any, tokenizer: "PreTrainedTokenizerBase") -> None:

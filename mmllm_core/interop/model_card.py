@@ -112,8 +112,9 @@ def _origin(bundle: Bundle, part: str) -> Origin | None:
     if part == "connector":
         return bundle.profile.vision.origin if bundle.info.recipe.get("stage") == "import" else None
     config = getattr(bundle.profile, part)
-    if config.origin:
-        return config.origin
+    origin: Origin | None = config.origin
+    if origin:
+        return origin
     source = config.source
     if isinstance(source, HubSource):
         return Origin(name=source.repo, repo=source.repo)

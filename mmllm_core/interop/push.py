@@ -106,7 +106,7 @@ def _settle(
 @contextmanager
 def _told_in_a_line(repo: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx  # the client it uses itself, which is not everywhere the same
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses itself
 
     try:
         yield

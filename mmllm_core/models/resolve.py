@@ -77,7 +77,7 @@ def _fetch_from_hub(source: HubSource, weights: bool) -> Path:
 @contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import httpx  # the client it uses itself, which is not everywhere the same
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses itself
 
     try:
         yield

@@ -62,7 +62,8 @@ def build_chat_page(base_url: str, model: str, api_key: str = "not-needed") -> g
 
 def mount_chat_page(app: FastAPI, base_url: str, model: str, path: str = "/", api_key: str = "not-needed") -> FastAPI:
     """Mount the page in `app`, after the routes that are already declared there."""
-    return gr.mount_gradio_app(app, build_chat_page(base_url, model, api_key), path=path, **PAGE_OPTIONS)
+    mounted: FastAPI = gr.mount_gradio_app(app, build_chat_page(base_url, model, api_key), path=path, **PAGE_OPTIONS)
+    return mounted
 
 
 class _Page:

@@ -44,6 +44,8 @@ def test_serving_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
         (("evaluate", "--bundle", "/nowhere"), "/nowhere"),
         (("evaluate", "--text"), "no bundle yet"),
         (("evaluate", "--text", "--save", "answers.jsonl"), "--save"),
+        (("evaluate", "--text", "--file", "asked.json"), "--file"),
+        (("evaluate", "--images", "pictures"), "--file"),
         (("evaluate", "--save", "/dev/null/answers.jsonl"), "--save /dev/null/answers.jsonl"),
         (("chat", "hello", "--base-url", "http://127.0.0.1:9"), "make serve"),
     ],

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from mmllm_core.config import VllmConfig
-from mmllm_core.engine.protocol import Engine
+from mmllm_core.engine.protocol import Engine, StartEngine
 from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.engine.vllm_engine import VllmEngine
+from mmllm_core.extensions import load_extension
 from mmllm_core.language import stop_token_ids
 from tests.conftest import TinyLM
 from tests.mmllm_core.engine_subject import CONTEXT, ENGINES, WIDER, Start, Subject
@@ -35,10 +36,19 @@ def start_subject(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
             }
             engine = VllmEngine(folder, tokenizer, embed=lm.get_input_embeddings(), context_length=CONTEXT, **settings)
         else:
-            copy = type(lm).from_pretrained(folder, dtype=torch.float32).eval()
-            engine = TransformersEngine(copy, tokenizer, context_length=CONTEXT, kv_cache_bytes=100_000_000)
+            own = kind == "transformers"
+            start: StartEngine = TransformersEngine if own else load_extension("mmllm.engines", kind)
+            engine = start(
+                type(lm).from_pretrained(folder, dtype=torch.float32).eval(),
+                tokenizer,
+                context_length=CONTEXT,
+                kv_cache_bytes=100_000_000,
+                max_sequences=64,
+                step_tokens=256,
+                n_threads=torch.get_num_threads(),
+            )
         started.append(engine)
-        subject = Subject(engine, lm, stop_ids)
+        subject = Subject(engine, lm, tokenizer, stop_ids)
         subject.ending_with()
         return subject
 

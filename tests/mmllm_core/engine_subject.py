@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from mmllm_core.engine.protocol import Engine, EngineChunk, EngineRequest, SamplingParams
+from mmllm_core.extensions import extension_names
 
-ENGINES = ["transformers", *(["vllm"] if find_spec("vllm") else [])]
+ENGINES = ["transformers", *(["vllm"] if find_spec("vllm") else []), *extension_names("mmllm.engines")]
+"""Those that are installed: of other packages too, which keep the same promises."""
 CONTEXT = 512
 WIDER = {"hidden_size": 128, "intermediate_size": 160}
 """vLLM's attention on CPUs knows no heads of less than 32."""
@@ -22,11 +24,12 @@ class Subject:
 
     engine: Any
     plain: Any
+    tokenizer: Any
     stop_ids: list[int]
     """That the LM and its tokenizer name."""
 
     def ending_with(self, *stop_ids: int) -> None:
-        """Say which tokens end answers from now on."""
+        """Say which tokens end answers from now on. Every engine keeps them in `_stop_ids`."""
         self.engine._stop_ids = list(stop_ids)
 
 

@@ -1,6 +1,7 @@
 """Every connector: shape, gradient, scale, and equality after saving."""
 
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -9,16 +10,19 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from mmllm_core.config import (
+    BaseConnectorConfig,
     ConnectorConfig,
     CrossAttentionConfig,
     LinearConfig,
     MlpConfig,
     Profile,
     ResamplerConfig,
+    connector_kinds,
     parse_config,
 )
 from mmllm_core.connectors import LmShape, build_connector
 from mmllm_core.errors import ConfigError
+from mmllm_core.extensions import extension_names, load_extension
 from mmllm_core.models.profile import load_profile
 from mmllm_core.word_alignment import align_to_words, caption_targets
 
@@ -32,6 +36,11 @@ CONFIGS: list[tuple[ConnectorConfig, int]] = [
     (CrossAttentionConfig(every_k_layers=2, n_queries=3, head_dim=16), 3),
 ]
 """Each config, and the embeddings that it makes of five features."""
+ADDED: list[BaseConnectorConfig] = [
+    load_extension("mmllm.connectors", kind)() for kind in extension_names("mmllm.connectors")
+]
+"""Those of installed packages, as they are by default: they keep the same promises."""
+CONFIGS += [(config, config.n_tokens(5)) for config in ADDED]
 
 every_kind = pytest.mark.parametrize(("config", "n_embeddings"), CONFIGS, ids=lambda v: getattr(v, "kind", None))
 
@@ -97,11 +106,12 @@ def test_cross_attention_needs_as_many_layers_as_a_stride() -> None:
         build_connector(CrossAttentionConfig(every_k_layers=5), 32, LM)
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "resampler", "cross_attention"])
+@pytest.mark.parametrize("kind", connector_kinds())
 def test_a_profile_chooses_the_connector_by_kind(kind: str) -> None:
     values = load_profile("embedded").model_dump() | {"connector": {"kind": kind}}
     profile = parse_config(Profile, values, "test")
-    assert build_connector(profile.connector, 32, LM).__class__.__name__.lower().startswith(kind.replace("_", ""))
+    assert type(build_connector(profile.connector, 32, LM)) is resolve_name(profile.connector.builds)
+    assert parse_config(Profile, profile.model_dump(mode="json"), "written") == profile
 
 
 @pytest.mark.parametrize(
@@ -109,7 +119,8 @@ def test_a_profile_chooses_the_connector_by_kind(kind: str) -> None:
     [
         ({"kind": "resampler", "input_norm": True}, "unknown key"),
         ({"kind": "linear", "n_queries": 4}, "unknown key"),
-        ({"kind": "qformer"}, "linear"),
+        ({"kind": "qformer"}, "'qformer' is unknown: choose one of .*linear"),
+        ({"n_queries": 4}, "kind is missing"),
     ],
 )
 def test_keys_of_another_kind_are_rejected(connector: dict[str, Any], message: str) -> None:

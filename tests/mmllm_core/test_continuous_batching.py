@@ -17,6 +17,7 @@ from mmllm_core.engine.transformers_engine import TransformersEngine
 from mmllm_core.errors import ConfigError, ConversationError, DeadlineError, EngineError
 from mmllm_core.model import MultimodalLM
 from tests.conftest import TinyLM, long_rope
+from tests.mmllm_core.engine_subject import ask, of_tokens, reference, tokens
 
 MakeEngine = Callable[..., TransformersEngine]
 
@@ -34,31 +35,6 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
     yield make
     for engine in engines:
         engine.shutdown()
-
-
-async def ask(engine: TransformersEngine, request: EngineRequest) -> list[EngineChunk]:
-    return [chunk async for chunk in engine.generate(request)]
-
-
-def of_tokens(id: str, ids: list[int], deadline: float | None = None, **sampling: Any) -> EngineRequest:
-    return EngineRequest(id, token_ids=tuple(ids), sampling=SamplingParams(**sampling), deadline=deadline)
-
-
-def tokens(chunks: list[EngineChunk], index: int = 0) -> list[int]:
-    return [token for chunk in chunks if chunk.index == index for token in chunk.token_ids]
-
-
-def reference(lm: Any, ids: list[int], n: int) -> list[int]:
-    """What `model.generate` says."""
-    output = lm.generate(
-        torch.tensor([ids]),
-        attention_mask=torch.ones(1, len(ids)),
-        max_new_tokens=n,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=0,
-    )
-    return output[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "phi", "gpt2", "gemma2"])

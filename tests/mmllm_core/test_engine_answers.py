@@ -33,7 +33,7 @@ PROMPTS = [[5 + i, 20, *range(30, 33 + 7 * (i % 4))] for i in range(8)]
 def test_greedy_answers_equal_generate(subject: Subject) -> None:
     found = complete(subject, [5, 20, 30], max_tokens=24)
     assert tokens(found) == reference(subject.plain, [5, 20, 30], 24)
-    assert text_of(found) == subject.engine._tokenizer.decode(tokens(found))
+    assert text_of(found) == subject.tokenizer.decode(tokens(found))
     last = found[-1]
     assert (last.prompt_tokens, last.completion_tokens, last.finish_reason) == (3, 24, "length")
     assert sum(chunk.finish_reason is not None for chunk in found) == 1
@@ -213,7 +213,7 @@ def test_a_stop_string_is_cut_off_and_never_shown(subject: Subject) -> None:
 
 def test_characters_are_never_split(subject: Subject) -> None:
     found = complete(subject, [5, 6], max_tokens=200, temperature=2.0, seed=3)
-    whole = subject.engine._tokenizer.decode(tokens(found))
+    whole = subject.tokenizer.decode(tokens(found))
     assert text_of(found) == whole
     assert any(ord(character) > 127 for character in whole)
     assert not any(chunk.text.endswith("\ufffd") for chunk in found[:-1])

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from mmllm_core.engine.grammar import Grammars
 from mmllm_core.engine.protocol import EngineRequest, SamplingParams
-from mmllm_core.engine.transformers_engine import TransformersEngine
+from mmllm_core.engine.vllm_engine import VllmEngine
 from mmllm_core.errors import ConversationError, DeadlineError, EngineError, SchemaError
 from tests.conftest import TinyLM
 from tests.mmllm_core.engine_subject import (
@@ -30,8 +31,8 @@ from tests.mmllm_core.engine_subject import (
 
 
 def test_what_an_engine_refuses_is_an_error(subject: Subject) -> None:
-    if isinstance(subject.engine, TransformersEngine):
-        pytest.skip("it knows no bounds of penalties")
+    if not isinstance(subject.engine, VllmEngine):
+        pytest.skip("vLLM alone bounds penalties")
     with pytest.raises(EngineError, match="presence_penalty"):
         complete(subject, [5, 6], presence_penalty=100.0)
 
@@ -131,11 +132,11 @@ def test_an_engine_that_was_shut_down_ends_requests_and_is_not_healthy(
     engine = start_subject(kind, tiny_lm("llama", **WIDER), tokenizer).engine
     reached, ended = threading.Event(), threading.Event()
 
-    def compile_until_the_end(schema: str) -> None:
+    def compile_until_the_end(grammars: Grammars, schema: str) -> None:
         reached.set()
         ended.wait(60)
 
-    monkeypatch.setattr(engine._grammars, "compile", compile_until_the_end)
+    monkeypatch.setattr(Grammars, "compile", compile_until_the_end)
 
     async def shut_down_midway() -> str | None:
         stream = engine.generate(of_tokens("a", [5, 6], max_tokens=500, temperature=2.0))

@@ -11,11 +11,12 @@ from mmllm_core.artifact import building, is_built
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
 from mmllm_core.config import LoraConfig, PathSource, Profile
 from mmllm_core.connectors import LmShape, build_connector
-from mmllm_core.errors import BundleError
+from mmllm_core.errors import BundleError, EnvironmentLack
 from mmllm_core.language import add_adapter
 from mmllm_core.models.profile import load_profile
 from mmllm_core.vision import ClipEncoder
 from tests.conftest import TinyLM
+from tests.full_disk import full_disk
 
 
 def test_an_artifact_is_reused_only_for_equal_inputs(tmp_path: Path) -> None:
@@ -36,6 +37,15 @@ def test_a_failed_build_leaves_what_was_there(tmp_path: Path) -> None:
         (scratch / "file").write_text("made")
     with pytest.raises(RuntimeError):
         _fail_while_building(tmp_path / "a")
+    assert (tmp_path / "a" / "file").read_text() == "made"
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("mmllm")] == ["a"]
+
+
+def test_a_full_disk_is_a_named_error_and_leaves_what_was_there(tmp_path: Path) -> None:
+    with building(tmp_path / "a", {"x": 1}) as scratch:
+        (scratch / "file").write_text("made")
+    with full_disk(), pytest.raises(EnvironmentLack, match="free space"), building(tmp_path / "a", {}) as scratch:
+        (scratch / "file").write_text("more than the disk takes")
     assert (tmp_path / "a" / "file").read_text() == "made"
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("mmllm")] == ["a"]
 

@@ -37,12 +37,12 @@ def an_app() -> FastAPI:
 
     @app.get("/page")
     async def page(request: Request) -> str:
-        return str(request.scope["mmllm.owner"])
+        return caller_of(request).owner
 
     @app.get("/v1/who")
     async def who(request: Request) -> dict[str, Any]:
         caller = caller_of(request)
-        return {"owner": request.scope["mmllm.owner"], "may": caller.allowed(["a", "b"])}
+        return {"owner": caller.owner, "may": caller.allowed(["a", "b"])}
 
     @app.post("/v1/echo")
     async def echo(request: Request) -> Response:

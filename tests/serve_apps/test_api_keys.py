@@ -6,6 +6,7 @@ import pytest
 
 from mmllm_core.errors import ConfigError
 from serve_apps.api_keys import ApiKey, KeyRing, add_key, hashed, read_keys, remove_key
+from tests.full_disk import full_disk
 
 
 def named(id: str, **fields: object) -> ApiKey:
@@ -85,6 +86,21 @@ def test_a_missing_file_and_double_and_unknown_names_are_refused(path: Path) -> 
         add_key(path, named("alice"))
     with pytest.raises(ConfigError, match="no key 'bob': it holds alice"):
         remove_key(path, "bob")
+
+
+def test_a_full_disk_leaves_the_keys_as_they_were(path: Path) -> None:
+    alice = add_key(path, named("alice"))
+    before = sorted(path.parent.iterdir())
+    with full_disk(), pytest.raises(ConfigError, match="cannot be written"):
+        add_key(path, named("bob"))
+    assert KeyRing(path).find(alice) is not None
+    assert sorted(path.parent.iterdir()) == before
+
+
+def test_a_folder_that_cannot_be_made_is_named(path: Path) -> None:
+    path.parent.write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match=f"{path.parent}: cannot be written"):
+        add_key(path, named("alice"))
 
 
 def test_expiry_is_in_utc_whatever_zone_it_is_written_in() -> None:

@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 
 from mmllm_core.errors import EnvironmentLack
-from mmllm_core.vision import content_key
+from mmllm_core.vision import feature_key
 from serve_apps.file_store import FileStore, NewFile, StorageFull
 from serve_apps.files_config import FilesConfig
-from serve_apps.stored_file import FEATURES, RECORD, FileMissing, Heard, Seen
+from serve_apps.stored_file import FEATURES, RECORD, FileMissing, HeardText, Seen
+from tests.full_disk import full_disk
 
 FINGERPRINT = "0123456789abcdef"
 FEATURES_OF_IT = np.arange(12, dtype=np.float16).reshape(3, 4)
 
 
 def image(**changes: Any) -> NewFile:
-    seen = Seen(content_key("a" * 64, FINGERPRINT), FEATURES_OF_IT)
+    seen = Seen(feature_key("a" * 64, FINGERPRINT), FEATURES_OF_IT)
     values: dict[str, Any] = {"content": b"bytes", "filename": "a.png", "purpose": "vision", "kind": "image"}
     return NewFile(**(values | {"perceived": seen} | changes))
 
@@ -103,7 +104,7 @@ def test_a_file_that_is_deleted_while_it_is_used_does_not_come_back(tmp_path: Pa
     assert found.features(FINGERPRINT) is None
     with pytest.raises(FileMissing):
         found.content()
-    found.keep(Seen(content_key("a" * 64, FINGERPRINT), FEATURES_OF_IT))
+    found.keep(Seen(feature_key("a" * 64, FINGERPRINT), FEATURES_OF_IT))
     assert not found.folder.exists()
 
 
@@ -122,7 +123,7 @@ def test_bounds_hold_when_many_upload_at_once(tmp_path: Path) -> None:
 
 def test_features_count_against_the_bytes_that_are_kept(tmp_path: Path) -> None:
     files = store(tmp_path, max_bytes=4_000, max_file_bytes=3_000)
-    large = image(perceived=Seen(content_key("b" * 64, FINGERPRINT), np.zeros((50, 60), np.float16)))
+    large = image(perceived=Seen(feature_key("b" * 64, FINGERPRINT), np.zeros((50, 60), np.float16)))
     with pytest.raises(StorageFull, match="delete some"):
         files.of("").add(large)
     assert files.of("").list() == []
@@ -185,7 +186,7 @@ def test_what_another_encoder_made_is_not_used_and_makes_room_for_what_this_one_
     found = store(tmp_path).of("").add(image())
     other = "f" * 16
     assert found.features(other) is None
-    found.keep(Seen(content_key("a" * 64, other), FEATURES_OF_IT * 2))
+    found.keep(Seen(feature_key("a" * 64, other), FEATURES_OF_IT * 2))
     features = found.features(other)
     assert features is not None
     assert features[2, 3] == 22
@@ -202,11 +203,41 @@ def test_damaged_features_are_not_used(tmp_path: Path) -> None:
     assert found.features(FINGERPRINT) is None
 
 
+def sound() -> NewFile:
+    return image(kind="sound", purpose="user_data", perceived=HeardText(fingerprint="one", text="Hello."))
+
+
 def test_a_transcript_is_of_the_model_that_heard_it(tmp_path: Path) -> None:
-    found = store(tmp_path).of("").add(image(kind="sound", purpose="user_data", perceived=Heard("one", "Hello.")))
+    found = store(tmp_path).of("").add(sound())
     assert (found.transcript("one"), found.transcript("other")) == ("Hello.", None)
-    found.keep(Heard("other", "Hallo."))
+    found.keep(HeardText(fingerprint="other", text="Hallo."))
     assert (found.transcript("one"), found.transcript("other")) == (None, "Hallo.")
+
+
+def test_a_full_disk_takes_no_file_and_nothing_of_it_is_left(tmp_path: Path) -> None:
+    files = store(tmp_path)
+    with full_disk(), pytest.raises(EnvironmentLack, match="cannot be kept"):
+        files.of("").add(image())
+    assert files.of("").list() == []
+    assert {path.name for path in (tmp_path / "files").iterdir()} <= {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("new", "anew"),
+    [
+        (image(), Seen(feature_key("a" * 64, "f" * 16), FEATURES_OF_IT)),
+        (sound(), HeardText(fingerprint="other", text="Hallo.")),
+    ],
+)
+def test_a_full_disk_costs_only_what_was_computed_anew(tmp_path: Path, new: NewFile, anew: Seen | HeardText) -> None:
+    found = store(tmp_path).of("").add(new)
+    with full_disk():
+        found.keep(anew)
+    assert found.content() == b"bytes"
+    assert found.features("f" * 16) is None
+    assert found.transcript("other") is None
+    left = [path.name for path in found.folder.rglob("*") if path.is_file()]
+    assert sorted(name for name in left if name not in {"content", RECORD, "transcript.json"}) == []
 
 
 def test_a_folder_that_cannot_be_written_is_one_named_error(tmp_path: Path) -> None:

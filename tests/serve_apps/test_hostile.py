@@ -12,7 +12,6 @@ import socket
 import struct
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,6 @@ from tests.serve_apps.conftest import Service, audio_part, data_uri, deploy, ima
 pytestmark = pytest.mark.slow
 
 CHAT = "/v1/chat/completions"
-Sent = bytes | Callable[[], bytes]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +143,15 @@ def test_damaged_features_are_not_served(tmp_path: Path) -> None:
     reader = StoreReader(tmp_path, "encoder", refresh_s=0)
     assert asyncio.run(reader.get("a-encoder")) is not None
     assert asyncio.run(reader.get("b-encoder")) is None
+
+
+def test_a_store_that_cannot_be_reached_any_more_costs_its_features_alone(tmp_path: Path) -> None:
+    location = tmp_path / "store"
+    FeatureStore(location).write(["a-encoder"], np.ones((1, 5, 8), np.float16))
+    reader = StoreReader(location, "encoder", refresh_s=0)
+    shutil.rmtree(location)
+    location.write_text("a file where the folder was")
+    assert [asyncio.run(reader.get(key)) for key in ("a-encoder", "b-encoder")] == [None, None]
 
 
 def test_features_that_are_added_while_a_replica_runs_are_seen(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ random LM in NF4."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def tiny_home(
     easy_vqa.fetch()
     (folder / "packages").symlink_to(home() / "packages")
     (folder / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
-    _save_lm(make_tokenizer, folder / "lm")
+    save_tiny_lm(make_tokenizer("chatml"), folder / "lm")
     values = load_profile("embedded").model_dump(mode="json")
     values["vision"] |= {"source": {"kind": "path", "path": str(tiny_clip())}, "merge": 2}
     values["language"] |= {"source": {"kind": "path", "path": str(folder / "lm")}, "context_length": 512}
@@ -77,11 +78,11 @@ def tiny_recipe(tiny_home: Path, monkeypatch: pytest.MonkeyPatch) -> TinyRecipe:
     return build
 
 
-def _save_lm(make_tokenizer: MakeTokenizer, folder: Path) -> None:
+def save_tiny_lm(tokenizer: Any, folder: Path) -> None:
+    """An LM of random weights, with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = make_tokenizer("chatml")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,

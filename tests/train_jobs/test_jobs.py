@@ -19,9 +19,10 @@ from mmllm_core.evaluation.accuracy import answer_questions
 from mmllm_core.models.home import features_folder, home
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
+from tests.train_jobs.conftest import save_tiny_lm
 from train_jobs.checkpoint import load_weights_alone
 from train_jobs.embed_images import embed_images, embed_recipe
-from train_jobs.evaluate import evaluate
+from train_jobs.evaluate import Asked, evaluate
 from train_jobs.held_out import HeldOutQuestions
 from train_jobs.plan import planned_profile
 from train_jobs.run_record import read_run
@@ -57,7 +58,9 @@ def profile(
     (folder / "packages").symlink_to(home() / "packages")
     (folder / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
     os.environ["MMLLM_HOME"] = str(folder)
-    _save_tiny_lm(tokenizer_folder, folder / "lm")
+    from transformers import AutoTokenizer
+
+    save_tiny_lm(AutoTokenizer.from_pretrained(tokenizer_folder), folder / "lm")
     values = embedded.model_dump(mode="json")
     values["vision"] |= {"source": {"kind": "trained", "recipe": "tiny-clip"}, "merge": 2}
     values["language"] |= {"source": {"kind": "path", "path": str(folder / "lm")}}
@@ -101,7 +104,7 @@ def test_training_leaves_a_bundle_that_opens_and_answers(run: TrainedRun, tmp_pa
     model = bundle.load_model()
     assert model.trainable_names() == set()
     assert bundle.load_vision().fingerprint == bundle.info.feature_fingerprint
-    found = evaluate(bundle, limit=24, workers=1)
+    found = evaluate(bundle, Asked(limit=24), workers=1)
     assert found.scores["all"].asked == found.baseline["all"].asked == 24
     features = StoredFeatures(features_folder(), bundle.info.feature_fingerprint)
     assert found.answers == answer_questions(model, bundle.tokenizer, found.questions, features)
@@ -174,12 +177,12 @@ def test_an_image_that_cannot_be_read_is_one_line_that_names_it(run: TrainedRun,
 def test_evaluating_without_stored_features_computes_them(
     run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_stored = evaluate(run.bundle, limit=4, workers=1)
+    with_stored = evaluate(run.bundle, Asked(limit=4), workers=1)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "packages").symlink_to(home() / "packages")
     (tmp_path / "other" / "clip").symlink_to(home() / "clip")
     monkeypatch.setenv("MMLLM_HOME", str(tmp_path / "other"))
-    assert evaluate(run.bundle, limit=4, workers=1).answers == with_stored.answers
+    assert evaluate(run.bundle, Asked(limit=4), workers=1).answers == with_stored.answers
 
 
 def test_images_and_text_train_together_packed_and_through_cross_attention(
@@ -212,20 +215,3 @@ def test_images_and_text_train_together_packed_and_through_cross_attention(
         recipe(profile, connector=connector, from_bundle="mixed")
     further = planned_profile(recipe(profile, name="further", from_bundle="mixed"))
     assert further.connector == bundle.profile.connector, "the bundle's connector, not the profile's, is planned"
-
-
-def _save_tiny_lm(tokenizer_folder: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

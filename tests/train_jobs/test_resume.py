@@ -24,10 +24,9 @@ from mmllm_core.config import Recipe
 from mmllm_core.errors import ConfigError, EnvironmentLack, TrainingError
 from mmllm_core.models.home import home
 from tests.train_jobs.conftest import TinyRecipe
-from train_jobs.launch import write_beside_checkpoints
 from train_jobs.origins import starting_profile
 from train_jobs.progress import read_metrics, step_lines
-from train_jobs.run_inputs import INPUTS, RunInputs, read_inputs, write_inputs
+from train_jobs.run_inputs import RunInputs, write_inputs
 from train_jobs.run_record import LOG, runs_folder
 from train_jobs.train import TrainedRun, resume, train
 
@@ -194,13 +193,3 @@ def test_checkpoints_of_an_interrupted_run_are_not_removed_unasked(tiny_recipe: 
     with pytest.raises(TrainingError, match=r"precious: a run of this name was interrupted.*--discard"):
         train(tiny_recipe("precious"))
     assert checkpoint.is_dir()
-
-
-def test_a_run_whose_folder_was_lost_is_known_by_what_lies_beside_its_checkpoints(
-    tiny_recipe: TinyRecipe, tmp_path: Path
-) -> None:
-    recipe = tiny_recipe("lost")
-    inputs = RunInputs(recipe=recipe, profile=starting_profile(recipe), fingerprint="0")
-    write_beside_checkpoints(str(tmp_path), "lost", INPUTS, inputs.model_dump_json())
-    assert read_inputs(runs_folder() / "lost", str(tmp_path)) == inputs
-    assert read_inputs(runs_folder() / "lost") is None

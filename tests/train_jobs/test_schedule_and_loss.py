@@ -8,6 +8,7 @@ from torch import nn
 
 from mmllm_core.config import Recipe
 from mmllm_core.errors import ConfigError
+from train_jobs.checkpoint import RunState
 from train_jobs.recipe import load_recipe, recipe_names
 from train_jobs.schedule import learning_rates, rate_share
 from train_jobs.train_clip import contrastive_loss
@@ -65,3 +66,11 @@ def test_an_unknown_recipe_names_the_known_ones() -> None:
 def test_a_stage_that_contradicts_its_adapter_is_refused() -> None:
     with pytest.raises(ConfigError, match="align"):
         load_recipe("embedded-instruct", {"stage": "align"})
+
+
+def test_the_smoothed_loss_is_without_bias_and_steps_that_were_left_out_do_not_count_in_it() -> None:
+    state = RunState(step=0, loss_ema=0.0, before=["red"])
+    for loss in (math.nan, 2.0, 2.0, math.inf, 2.0):
+        state = state.after_step(loss, seconds=0.5)
+    assert state == RunState(step=5, loss_ema=pytest.approx(2.0), before=["red"], seconds=2.5)
+    assert 1.0 < state.after_step(1.0, seconds=0.5).loss_ema < 2.0

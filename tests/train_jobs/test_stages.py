@@ -23,7 +23,7 @@ from mmllm_core.errors import ConfigError, EnvironmentLack, TrainingError
 from tests.train_jobs.conftest import TinyRecipe
 from train_jobs.checkpoint import load_checkpoint
 from train_jobs.embed_images import embed_recipe
-from train_jobs.evaluate import evaluate
+from train_jobs.evaluate import Asked, evaluate
 from train_jobs.launch import open_storage
 from train_jobs.origins import find_origins, starting_profile
 from train_jobs.progress import read_metrics, step_lines
@@ -118,7 +118,7 @@ def test_all_of_an_lm_and_of_clips_tower_are_trained_and_bundled(tiny_recipe: Ti
     }
     run = train(tiny_recipe("all", **settings))
     assert losses(run)[-1] < losses(run)[0]
-    asked_again = evaluate(run.bundle, limit=4, workers=1)  # by its own CLIP, of whose features none are stored
+    asked_again = evaluate(run.bundle, Asked(limit=4), workers=1)  # by its own CLIP, of whose features none are stored
     assert asked_again.answers == [answer.after for answer in read_run(run.folder).answers]
     model, vision = run.bundle.load_model(), run.bundle.load_vision()
     start = Recipe.model_validate(run.bundle.info.recipe)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import TrainingError
-from mmllm_core.vision import decode_image, feature_key
+from mmllm_core.vision import decode_image, feature_key, pixel_hash
 from train_jobs.stored_features import StoredFeatures
 
 ENCODER = "0123456789abcdef"
@@ -21,7 +21,7 @@ def picture() -> Image.Image:
 
 
 def embed(path: Path, store: Path) -> None:
-    FeatureStore(store).write([feature_key(decode_image(path.read_bytes(), 10_000), ENCODER)], VALUES)
+    FeatureStore(store).write([feature_key(pixel_hash(decode_image(path.read_bytes(), 10_000)), ENCODER)], VALUES)
 
 
 def test_a_rotated_photo_is_found_as_it_was_embedded(tmp_path: Path) -> None:

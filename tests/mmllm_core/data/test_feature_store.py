@@ -15,6 +15,7 @@ from mmllm_core.data.feature_location import open_location
 from mmllm_core.data.feature_shards import ARRAY, INDEX
 from mmllm_core.data.feature_store import FeatureStore
 from mmllm_core.errors import FeatureStoreError
+from tests.full_disk import full_disk
 from tests.mmllm_core.data.stored import ENCODER, features, key
 
 A, B, C, D = map(key, "abcd")
@@ -251,6 +252,20 @@ def test_shards_of_an_object_store_are_copied_up_to_the_bound(location: str, tmp
         damage(location, suffix, "remove")
     again.refresh()
     assert list(copies[0].parent.glob("*.npy")) == [], "copies go with their shards"
+
+
+def test_where_no_copy_can_be_written_rows_are_read_from_the_object_store(location: str, tmp_path: Path) -> None:
+    if open_location(location).local:
+        pytest.skip("a local shard needs no copy")
+    FeatureStore(location).write([A], features(1, 7))
+    store = FeatureStore(location, cache_bytes=1_000_000)
+    with full_disk():
+        found = [store.get(A) for _ in range(2)]
+    for row in found:
+        assert row is not None
+        assert np.array_equal(row, features(1, 7)[0])
+    cache = tmp_path / "mmllm-home" / "features-cache"
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
 
 
 def test_a_bucket_that_does_not_exist_is_named(s3_url: str) -> None:
