@@ -38,9 +38,11 @@ _PARTS = {
 class _RecipeUnlessNamed(TyperGroup):
     """`plan RECIPE` is `plan recipe RECIPE`: what names no command of the group is a recipe, or an option for one."""
 
+    default = "recipe"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
-            args = ["recipe", *args]
+            args = [self.default, *args]
         return super().parse_args(ctx, args)
 
 

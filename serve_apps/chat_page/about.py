@@ -55,8 +55,8 @@ def _family(profile: str) -> str:
 def _drawing() -> str:
     picture = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(picture).polygon([(32, 8), (58, 54), (6, 54)], fill="blue")
-    file: str = save_pil_to_cache(picture, get_upload_folder(), name="drawing", format="png")
-    return file
+    path: str = save_pil_to_cache(picture, get_upload_folder(), name="drawing", format="png")
+    return path
 
 
 def _media(example: tuple[str, str]) -> list[Message]:

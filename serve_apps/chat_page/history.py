@@ -11,6 +11,7 @@ import base64
 import binascii
 import io
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from serve_apps.chat_page.messages import IMAGE_SUFFIXES, Message, is_added, ite
 
 SMALL_PIXELS = 336
 """Longest side of the copy that the browser keeps: what the largest CLIP here sees of a picture."""
+MAX_PIXELS = 50_000_000
+"""Of a picture that is made small."""
 MAX_SMALL_BYTES = 200_000
 _SPEAKERS = {"user": "You", "assistant": "Assistant"}
 
@@ -74,12 +77,15 @@ def _stored_item(item: str | Path) -> Any:
     return {"path": str(item)} | ({"small": small} if (small := _small_copy(item)) else {})
 
 
+@lru_cache(maxsize=256)  # a conversation is kept with every answer, and its files never change
 def _small_copy(path: Path) -> str:
     """A picture as a small WebP in base64, or "" if it cannot be read."""
     if path.suffix.lower() not in IMAGE_SUFFIXES:
         return ""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return ""
             image.draft("RGB", (SMALL_PIXELS, SMALL_PIXELS))
             small = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except (OSError, ValueError, Image.DecompressionBombError):

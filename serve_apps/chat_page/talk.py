@@ -6,6 +6,7 @@ browser is to keep. Holds nothing of a visitor's between events.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -116,13 +117,13 @@ class Talk:
         model, system, temperature, max_tokens, key = given
         settings = Settings(model or self.model, system or "", temperature or "", max_tokens or "")
         chat = chat or uuid.uuid4().hex
-        yield box, history, chat, _to_keep(chat, history)
+        yield box, history, chat, await asyncio.to_thread(_to_keep, chat, history)
         reply: list[Message] = []
         async with aclosing(answer(self.asking(key, request), history, settings)) as replies:
             async for reply in replies:
                 yield gr.skip(), [*history, *reply], gr.skip(), gr.skip()
         history = [*history, *reply]
-        yield idle_box(), history, chat, _to_keep(chat, history)
+        yield idle_box(), history, chat, await asyncio.to_thread(_to_keep, chat, history)
 
     def asking(self, typed_key: str | None, request: gr.Request) -> openai.AsyncOpenAI:
         """The client with a visitor's key: typed, or the one with which the page was asked for."""

@@ -47,11 +47,20 @@ def problem(arguments: list[str]) -> str | None:
     """What is wrong with the arguments of `mmllm`: a command or an option that is not there."""
     command: Any = typer.main.get_command(app)
     words = list(arguments)
-    while hasattr(command, "commands") and words and re.fullmatch(r"[a-z][a-z0-9-]*", words[0]):
+    while hasattr(command, "commands") and words:
+        if words[0] not in command.commands and (default := getattr(command, "default", None)):
+            words.insert(0, default)
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", words[0]):
+            break
         if words[0] not in command.commands:
             return f"no command '{words[0]}' in '{command.name or 'mmllm'}'"
         command = command.commands[words.pop(0)]
-    options = {name for p in command.params for name in [*p.opts, *p.secondary_opts]} | {"--help"}
+    sent = (
+        [typer.main.get_command(app).commands[command.name]]
+        if command.context_settings.get("ignore_unknown_options")
+        else []
+    )  # as a job
+    options = {name for c in (command, *sent) for p in c.params for name in [*p.opts, *p.secondary_opts]} | {"--help"}
     wrong = [w for w in words if w.startswith("--") and w.partition("=")[0] not in options]
     return f"no option {', '.join(wrong)} of '{command.name}'" if wrong else None
 
