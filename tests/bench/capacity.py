@@ -32,7 +32,7 @@ from cluster.capacity.outcome import Outcome
 from cluster.capacity.service_times import ServiceTimes, load_service_times
 from cluster.capacity.simulation import PARTS, Shape, Simulation, Way
 from cluster.capacity.traces import KINDS, Mix, Trace, TraceName, trace_of
-from serve_apps.builder import load_serve_config
+from serve_apps.config_files import load_serve_config
 from tests.bench.service_times import QUIET, TOKENS, Asked, Caller, rounded, run_measure, serving, spoken_seconds
 from tests.serve_apps.conftest import Service
 

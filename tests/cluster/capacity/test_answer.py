@@ -9,7 +9,7 @@ from cluster.capacity.prices import Prices, load_prices
 from cluster.capacity.service_times import Hardware, load_service_times
 from cluster.capacity.simulation import Shape
 from cluster.capacity.traces import Mix, Trace
-from serve_apps.builder import load_serve_config
+from serve_apps.config_files import load_serve_config
 
 QUICK = {"upscale_delay_s": 5, "downscale_delay_s": 20, "look_back_s": 10, "metrics_interval_s": 2}
 

@@ -12,8 +12,8 @@ from cluster.capacity.outcome import Outcome, quantile
 from cluster.capacity.service_times import ServiceTimes, load_service_times
 from cluster.capacity.simulation import PARTS, Shape, Simulation, Way
 from cluster.capacity.traces import KINDS, Mix, Trace
-from serve_apps.builder import load_serve_config
 from serve_apps.config import ServeConfig
+from serve_apps.config_files import load_serve_config
 from tests.cluster.capacity.event_by_event import EventByEvent
 
 MIX = Mix(0.5, 0.3, 0.2)
