@@ -146,7 +146,7 @@ def test_a_job_is_listed_and_stopped(client: JobSubmissionClient) -> None:
         try:
             assert any("begun" in line for line in watching.stdout)
             rows = [line.split() for line in command("submit", "list").stdout.splitlines()]
-            assert [row[1] for row in rows if row[0] == "sleeps"] == ["running"]
+            assert [row[1] for row in rows if row[:1] == ["sleeps"]] == ["running"]
             assert command("submit", "stop", "sleeps").returncode == 0
             assert watching.wait(timeout=60) == 143
         finally:
