@@ -143,12 +143,14 @@ def test_a_job_is_listed_and_stopped(client: JobSubmissionClient) -> None:
         [sys.executable, "-m", "cluster.cli", "submit", "logs", "sleeps"], stdout=subprocess.PIPE, text=True
     ) as watching:
         assert watching.stdout
-        assert any("begun" in line for line in watching.stdout)
-        listed = command("submit", "list")
-        (row,) = (line.split() for line in listed.stdout.splitlines() if line.startswith("sleeps"))
-        assert row[1] == "running"
-        assert command("submit", "stop", "sleeps").returncode == 0
-        assert watching.wait(timeout=60) == 143
+        try:
+            assert any("begun" in line for line in watching.stdout)
+            rows = [line.split() for line in command("submit", "list").stdout.splitlines()]
+            assert [row[1] for row in rows if row[:1] == ["sleeps"]] == ["running"]
+            assert command("submit", "stop", "sleeps").returncode == 0
+            assert watching.wait(timeout=60) == 143
+        finally:
+            watching.kill()
     for verb in ("stop", "logs"):
         unknown = command("submit", verb, "no-such-job")
         assert unknown.returncode == 1
