@@ -80,6 +80,7 @@ class Scaler:
         self._delays = Delays(self.scaling.upscale_delay_s, self.scaling.downscale_delay_s) if self.scaling else None
         self._seen: deque[tuple[float, float, float, float, float]] = deque()  # (time, seconds, work, requests, kv)
         self._sums = [0.0, 0.0, 0.0, 0.0]
+        self._n_busy = 0
         self._remembered: float | None = None
         self._told: list[float] | None = None  # means of work, requests and memory, as last reported
         self._reported_at = float("-inf")
@@ -149,5 +150,10 @@ class Scaler:
         assert self.scaling is not None
         self._seen.append((now, step_s, held.work * step_s, held.requests * step_s, held.kv_use * step_s))
         self._sums = [total + new for total, new in zip(self._sums, self._seen[-1][1:], strict=True)]
+        self._n_busy += any(self._seen[-1][2:])
         while len(self._seen) > 1 and self._seen[0][0] < now - self.scaling.look_back_s:
-            self._sums = [total - old for total, old in zip(self._sums, self._seen.popleft()[1:], strict=True)]
+            gone = self._seen.popleft()
+            self._sums = [total - old for total, old in zip(self._sums, gone[1:], strict=True)]
+            self._n_busy -= any(gone[2:])
+        if not self._n_busy:  # what rounding leaves of a difference would be work to the policy
+            self._sums[1:] = [0.0] * 3
