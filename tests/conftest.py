@@ -90,6 +90,12 @@ def _offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is out of reach at once, where this process has read its environment already."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> MakeTokenizer:
     """Build a byte-level BPE tokenizer with the control tokens of several families.

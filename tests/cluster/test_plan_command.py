@@ -58,6 +58,7 @@ def test_json_says_the_same(phi: list[str]) -> None:
     assert peaks[1] > peaks[2] > peaks[3]
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_a_profile_out_of_reach_is_one_line(phi: list[str]) -> None:
     with pytest.raises(WeightsError, match=r"Phi-4-mini-instruct.*--lm-shape") as caught:
         run(phi[0])

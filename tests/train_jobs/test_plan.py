@@ -190,12 +190,14 @@ def test_phis_clip_is_known_without_the_hub() -> None:
     assert (shape.d_vision, shape.n_patches) == (1024, 24 * 24)
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_a_clip_that_nobody_lists_must_be_fetched() -> None:
     source = HubSource(repo="nobody/nothing", revision="0" * 40)
     with pytest.raises(WeightsError, match="nobody/nothing"):
         vision_shape(VisionConfig(source=source))
 
 
+@pytest.mark.usefixtures("no_hub")
 def test_an_lm_out_of_reach_names_the_way_round() -> None:
     with pytest.raises(WeightsError, match="--lm-shape"):
         read_lm_config(load_profile("phi"))

@@ -109,6 +109,7 @@ def test_times_are_those_of_the_clip(transcriber: Transcriber, speech: Waveform)
     assert not [word for word in words if 7 + seconds + 0.5 < word.start < 57 + seconds - 0.5]
 
 
+@pytest.mark.slow
 def test_both_engines_hear_the_same(exact: Transcriber, reference: Transcriber, speech: Waveform) -> None:
     for clip in (speech, *recordings()[:3], np.concatenate(recordings()[:6])):
         assert reference.transcribe(clip).text == exact.transcribe(clip).text
@@ -134,6 +135,7 @@ def test_a_prompt_gives_the_spelling(transcriber: Transcriber, speech: Waveform)
     assert transcriber.transcribe(speech, SpeechTask(prompt="x " * 5000)).language == "en"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["transcriber", "exact", "reference"])
 def test_nothing_is_lost_where_more_is_said_than_may_be_written(
     engine: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch

@@ -28,7 +28,10 @@ from serve_apps.served_bundles import ServedBundle
 from tests.serve_apps.conftest import free_port, image_uri, wav
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium"),
+]
 WAIT_MS = 60_000
 GRAVE = ("serious", "critical")
 PACE = "first token after"
