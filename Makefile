@@ -1,11 +1,15 @@
-# Everything runs in one virtual environment, made on first use. Settings: PYTHON, VENV, PORT, PROFILE, ARGS, GPU_PYTHON.
+# Everything runs in one virtual environment, made on first use. Settings: PYTHON, VENV, PORT, PROFILE,
+# JOBS (tests side by side), ARGS, GPU_PYTHON.
 VENV    ?= .venv
 PORT    ?= 8000
 PROFILE ?= embedded
+JOBS    ?= 2
 PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))))
 BIN     := $(VENV)/bin
 GPU_PYTHON ?= python3
 VLLM    := $(VENV)-vllm
+# Tests of a file share what they start.
+SIDE    := --numprocesses $(JOBS) --dist loadfile
 
 .PHONY: help install demo serve doctor test test-fast test-long test-vllm coverage bench bench-gpu lint docs clean
 help:
@@ -31,13 +35,13 @@ doctor: install
 	@$(BIN)/mmllm doctor --port $(PORT)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE) $(ARGS)
 
 test-fast: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "not slow and not long" --numprocesses 2 $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not long" $(SIDE) $(ARGS)
 
 coverage: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+	@$(BIN)/python -m pytest $(SIDE) --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)
