@@ -8,7 +8,7 @@ PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell co
 BIN     := $(VENV)/bin
 GPU_PYTHON ?= python3
 VLLM    := $(VENV)-vllm
-# Tests of a file share what they start.
+# Tests of a file share what they start. Those that start Ray want the machine for themselves.
 SIDE    := --numprocesses $(JOBS) --dist loadfile
 
 .PHONY: help install demo serve doctor test test-fast test-long test-vllm coverage bench bench-gpu lint docs clean
@@ -35,13 +35,18 @@ doctor: install
 	@$(BIN)/mmllm doctor --port $(PORT)
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(SIDE) $(ARGS)
+ifeq ($(ARGS),)
+	@$(BIN)/python -m pytest -m "not slow and not long" $(SIDE)
+	@$(BIN)/python -m pytest -m "slow and not long"
+else
+	@$(BIN)/python -m pytest $(ARGS)
+endif
 
 test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m "not slow and not long" $(SIDE) $(ARGS)
 
 coverage: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(SIDE) --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
 
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)
