@@ -24,7 +24,7 @@ from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import ClipEncoder
 from tests.conftest import TinyLM
 from train_jobs.embed_images import embed_images
-from train_jobs.evaluate import evaluate
+from train_jobs.evaluate import Asked, evaluate
 from train_jobs.evaluate_spoken import SpokenOptions, evaluate_spoken
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def test_questions_are_heard_and_answered_in_every_form(speaker: SpeakerName, bu
     report = evaluate_spoken(bundle, SpokenOptions(N_QUESTIONS, speaker, workers=1))
     asked = easy_vqa.held_out_questions(easy_vqa.fetch(), N_QUESTIONS)
     assert [h.question for h in report.hearings] == asked
-    typed = evaluate(bundle, limit=N_QUESTIONS, workers=1)
+    typed = evaluate(bundle, Asked(limit=N_QUESTIONS), workers=1)
     assert [h.typed for h in report.hearings] == list(typed.answers)
     assert [h.recognised for h in report.hearings] == list(typed.answers), "speech is rendered like typed text"
 

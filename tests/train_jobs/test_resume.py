@@ -82,7 +82,8 @@ def test_a_run_whose_worker_is_killed_ends_as_one_that_was_left_alone(tiny_recip
 
     def kill_a_worker() -> None:
         wait_for_checkpoint(log, 20)
-        workers = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or ())]
+        ours = psutil.Process().children(recursive=True)
+        workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
         workers[-1].send_signal(signal.SIGKILL)
 
     thread = threading.Thread(target=kill_a_worker)

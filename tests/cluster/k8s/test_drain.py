@@ -154,7 +154,7 @@ def test_a_pod_that_goes_hands_over_and_ends_what_it_holds(pods: Pods) -> None:
     )
     assert open_request.stdout is not None
     first = open_request.stdout.readline()
-    drained = pods.run("going", "bash", str(ROOT / "images/drain.sh"), "90")
+    drained = pods.run("going", "bash", str(ROOT / "images/drain.sh"), "300")
     assert drained.returncode == 0, drained.stderr
     assert "Ray did not take the notice" not in drained.stderr, drained.stderr
     # Whoever was answered is answered to the end, by the pod that goes; and it is empty when the script ends.
