@@ -122,7 +122,8 @@ def test_a_failed_job_is_sent_again_and_its_exit_code_is_the_commands(client: Jo
     assert {client.get_job_info(name).driver_exit_code for name in ("asks", "asks-1")} == {1}
     client.submit_job(entrypoint="echo said; exit 7", submission_id="seven")
     told = command("submit", "logs", "seven")
-    assert (told.returncode, told.stdout.splitlines()[-1]) == (7, "said")
+    # Ray's own line of the entrypoint may come after what a quick one said.
+    assert (told.returncode, "said" in told.stdout.splitlines()) == (7, True), told.stdout
 
 
 def test_nodes_with_other_packages_are_named(cluster: RunningRay, tmp_path: Path) -> None:
