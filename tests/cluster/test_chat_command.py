@@ -194,7 +194,12 @@ class Terminal:
 def terminal(served: Served, home: Path) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 240, 0, 0))
-    environment = os.environ | {"MMLLM_HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    environment = os.environ | {
+        "MMLLM_HOME": str(home),
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "COLUMNS": "240",
+    }
     process = subprocess.Popen(command(served), env=environment, preexec_fn=lambda: os.login_tty(theirs))
     os.close(theirs)
     try:
