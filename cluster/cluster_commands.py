@@ -9,13 +9,11 @@ from rich.table import Table
 
 from cluster.local import running_ray
 from cluster.local_cluster import Shape, hold, local_cluster, start, stop
-from cluster.modalities import RESOURCES
 from cluster.ray_record import RunningRay
 from mmllm_core.errors import EnvironmentLack
 
 cluster_app = typer.Typer(help="A local Ray cluster of several nodes.", no_args_is_help=True)
 console = Console()
-COUNTED = ("CPU", "GPU", *RESOURCES)
 
 
 @cluster_app.command()
@@ -51,6 +49,8 @@ def _tell(found: RunningRay) -> None:
 @cluster_app.command()
 def status() -> None:
     """Print the nodes of the local cluster, or of the one that RAY_ADDRESS names, and how much of each is in use."""
+    from cluster.modalities import RESOURCES
+
     found = local_cluster()
     if found and not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_ADDRESS"] = found.address
@@ -61,7 +61,8 @@ def status() -> None:
         from ray._private.state import available_resources_per_node
 
         nodes, free = ray.nodes(), available_resources_per_node()
-    table = Table("node", "address", "role", "state", *COUNTED, box=None, padding=(0, 1))
+    counted = ("CPU", "GPU", *RESOURCES)
+    table = Table("node", "address", "role", "state", *counted, box=None, padding=(0, 1))
     for node in sorted(nodes, key=lambda node: (not node["Alive"], node["NodeID"])):
         total, left = node["Resources"], free.get(node["NodeID"], {})
         table.add_row(
@@ -69,7 +70,7 @@ def status() -> None:
             node["NodeManagerAddress"],
             "head" if "node:__internal_head__" in total else "worker",
             "alive" if node["Alive"] else "dead",
-            *(f"{total[name] - left.get(name, 0):g}/{total[name]:g}" if name in total else "-" for name in COUNTED),
+            *(f"{total[name] - left.get(name, 0):g}/{total[name]:g}" if name in total else "-" for name in counted),
         )
     console.print(table, highlight=False)
     if found and found.address == os.environ["RAY_ADDRESS"]:

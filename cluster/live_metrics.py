@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.modalities import RESOURCES
 from mmllm_core.errors import EnvironmentLack, MmllmError
 
 Labels = tuple[tuple[str, str], ...]
@@ -120,7 +119,7 @@ def frame(before: Look, now: Look) -> Frame:
                 rates[modality] / seconds,
                 cached.get(modality),
             )
-            for modality in RESOURCES
+            for modality in rates
         },
     )
 

@@ -14,7 +14,6 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from cluster.modalities import RESOURCES
 from cluster.pins import PINS, require_pins
 from cluster.ray_record import find_running, recording, showing_token, token_is_named
 from mmllm_core.errors import EnvironmentLack
@@ -71,6 +70,7 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
 def _own_ray(*, verbose: bool) -> Iterator[None]:
     import ray
 
+    from cluster.modalities import RESOURCES
     from serve_apps.proxy import PROXY_ENVIRONMENT
     from train_jobs.accelerators import usable_cores
 

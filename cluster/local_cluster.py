@@ -17,7 +17,6 @@ from pathlib import Path
 import psutil
 
 from cluster.local import MODALITY_SHARES, interruptible, n_gpus
-from cluster.modalities import RESOURCES
 from cluster.ray_record import RunningRay, recording, running_rays, token_is_named
 from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.home import home
@@ -25,7 +24,6 @@ from mmllm_core.models.home import home
 ENDS_WITHIN_S = 60.0
 OBJECT_STORE_BYTES = 2**29
 """Of each node's shared memory for objects, which is taken as it is used."""
-_HELD = "cluster up"
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class Shape:
 
 
 def local_cluster() -> RunningRay | None:
-    """The one that runs, if any; Rays of other commands are none."""
-    return next((ray for ray in running_rays() if _HELD in ray.command), None)
+    """The one that runs, if any; Rays of other commands are none, and have no dashboard."""
+    return next((ray for ray in running_rays() if ray.dashboard), None)
 
 
 def start(shape: Shape) -> RunningRay:
@@ -96,6 +94,7 @@ def hold(shape: Shape, ready: Callable[[RunningRay], object]) -> None:
     """
     from ray.cluster_utils import Cluster
 
+    from cluster.modalities import RESOURCES
     from serve_apps.proxy import PROXY_ENVIRONMENT
 
     _require_room()

@@ -8,13 +8,14 @@ neither Ray nor Kubernetes' client.
 from dataclasses import dataclass
 from typing import Literal
 
+import mmllm_core
 from serve_apps.config import ClipConfig, DeploymentConfig, IngressConfig, PhiConfig, WhisperConfig
 
 Hardware = Literal["cpu", "gpu"]
 RoleName = Literal["head", "ingress", "vision", "audio", "text", "train"]
 
-VERSION = "0.1.0"
-"""Tag of every image: this package's version."""
+VERSION = mmllm_core.__version__
+"""Tag of every image."""
 RAY_VERSION = "2.60.0"
 
 
@@ -62,3 +63,6 @@ ROLES: dict[RoleName, Role] = {
 
 RESOURCES: tuple[str, ...] = tuple(role.resource for role in ROLES.values() if role.resource)
 """Names of all modalities' resources."""
+
+FIELDS: dict[str, str] = {role.resource: role.field for role in ROLES.values() if role.resource and role.field}
+"""Modality -> its section of a serve config."""

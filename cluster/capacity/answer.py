@@ -10,12 +10,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.capacity.changed_config import FIELDS, with_bounds, with_targets
+from cluster.capacity.changed_config import with_bounds, with_targets
 from cluster.capacity.outcome import Outcome, quantile
 from cluster.capacity.prices import CPU, Prices
 from cluster.capacity.service_times import Hardware, ServiceTimes
 from cluster.capacity.simulation import LONGEST_TICK_S, PARTS, TICK_S, Shape, Simulation, Way
 from cluster.capacity.traces import KINDS, Trace
+from cluster.modalities import FIELDS
 from mmllm_core.errors import ConfigError
 from serve_apps.config import ServeConfig
 

@@ -3,10 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cluster.modalities import FIELDS
 from serve_apps.config import ServeConfig
-
-FIELDS = {"vision": "clip", "audio": "whisper", "text": "phi"}
-"""Modality -> its section of a serve config."""
 
 
 def with_bounds(config: ServeConfig, most: int) -> ServeConfig:

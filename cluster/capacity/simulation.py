@@ -19,12 +19,13 @@ from cluster.capacity.outcome import Outcome, Record
 from cluster.capacity.scaling import Held, Scaler
 from cluster.capacity.service_times import ServiceTimes
 from cluster.capacity.traces import Trace
+from cluster.modalities import FIELDS, RESOURCES
 from serve_apps.admission import capacity
 from serve_apps.autoscaling import Targets
 from serve_apps.autoscaling_config import Autoscaling
 from serve_apps.config import DeploymentConfig, ServeConfig
 
-PARTS = ("vision", "audio", "text")
+PARTS = RESOURCES
 Way = Literal["apart", "whole", "packed"]
 """How it is scaled. `apart`: each modality by itself. `whole`: one deployment, whose replicas hold all three models,
 each with what it reserves for itself. `packed`: the same, and a replica's models take turns on what the
@@ -200,7 +201,7 @@ class Simulation:
         }
 
     def _parts(self) -> dict[str, DeploymentConfig]:
-        return {"vision": self._config.clip, "audio": self._config.whisper, "text": self._config.phi}
+        return {name: getattr(self._config, field) for name, field in FIELDS.items()}
 
     def _counts(self, rates: NDArray[np.float64]) -> dict[str, float]:
         """Replicas that are paid for."""
