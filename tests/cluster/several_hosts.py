@@ -12,7 +12,6 @@ import json
 import os
 import secrets
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from serve_apps.config_files import load_serve_config
 from tests.cluster.hosts import Host, lay_cable
 from tests.serve_apps.conftest import recorded_speech
 from tests.serve_apps.faults import MixedLoad
+from tests.waiting import wait_for
 from train_jobs.progress import read_metrics
 from train_jobs.run_record import LOG, runs_folder
 
@@ -94,19 +94,6 @@ class Cluster:
         except Exception:  # Ray's own, of many kinds, while the head starts
             return set()
         return {node.node_manager_address for node in nodes.values() if node.state == 0}
-
-
-def wait_for(true: Callable[[], Any], what: str, seconds: float = 180) -> None:
-    """Until something is so.
-
-    Raises:
-        TimeoutError: it did not come to be so.
-    """
-    ends = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > ends:
-            raise TimeoutError(f"waited {seconds:g} s for {what}")
-        time.sleep(0.1)
 
 
 def train(cluster: Cluster, recipe: Path, name: str, disturb: Callable[[Path], None] | None = None) -> dict[str, Any]:

@@ -12,8 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle
 from tests.serve_apps.conftest import bundle, recorded_speech, wav
+from tests.waiting import wait_for
 
 __all__ = ["bundle"]  # a fixture
 
@@ -144,7 +144,7 @@ def test_ctrl_c_ends_a_question_that_is_asked_once(served: Served, monkeypatch: 
     _, errors = asking.communicate(timeout=60)
     assert asking.returncode == 130
     assert b"Traceback" not in errors
-    until(lambda: served.phi.answering == 0)
+    wait_for(lambda: served.phi.answering == 0, "the engine to be free", 30)
 
 
 def test_who_reads_no_further_hears_no_complaint(served: Served) -> None:
@@ -249,10 +249,10 @@ def test_ctrl_c_stops_the_answer_and_one_goes_on(
         monkeypatch.setattr(served.phi, "pause_s", 0.5)
         before = served.phi.pieces
         screen.type("Hello there\r")
-        until(lambda: served.phi.pieces > before)
+        wait_for(lambda: served.phi.pieces > before, "more of the answer", 30)
         screen.type("\x03")
         screen.wait_for("(stopped)")
-        until(lambda: served.phi.answering == 0)
+        wait_for(lambda: served.phi.answering == 0, "the engine to be free", 30)
         monkeypatch.setattr(served.phi, "pause_s", 0.0)
         screen.wait_for("you ")
         screen.type("half a line\x03")
@@ -294,10 +294,3 @@ def test_a_file_that_nobody_could_use_is_named_before_anything_is_sent(
     with pytest.raises(BadInput, match=named) as caught:
         Attachment.read(path, kind)
     assert str(path) in str(caught.value)
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,7 @@ from serve_apps.builder import APP_NAME, build
 from serve_apps.config_files import load_serve_config
 from tests.serve_apps.conftest import free_port, recorded_speech
 from tests.serve_apps.faults import MixedLoad
+from tests.waiting import wait_for
 
 KINDS = ("vision", "audio", "text")
 IDLE_S = 4.0
@@ -188,19 +189,6 @@ def end_node(node: dict[str, Any]) -> None:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(true: Callable[[], Any], what: str, seconds: float = 150) -> None:
-    """Until something is so.
-
-    Raises:
-        TimeoutError: it did not come to be so.
-    """
-    ends = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > ends:
-            raise TimeoutError(f"waited {seconds:g} s for {what}")
-        time.sleep(0.2)
 
 
 async def while_text_is_asked(load: MixedLoad, other: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:

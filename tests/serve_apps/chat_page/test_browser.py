@@ -10,7 +10,6 @@ import secrets
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from serve_apps.in_process import serving_in_process
 from serve_apps.phi_app import PhiDeployment
 from serve_apps.served_bundles import ServedBundle
 from tests.serve_apps.conftest import free_port, image_uri, wav
+from tests.waiting import wait_for
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
@@ -171,13 +171,6 @@ def bubbles(page: Page, role: str) -> Locator:
     return page.locator(f"[data-testid={role}]")
 
 
-def until(happens: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not happens():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 def test_pictures_are_dropped_and_pasted_and_a_reload_shows_them_again(
     context: BrowserContext, served: Served, shoot: Shoot
 ) -> None:
@@ -242,7 +235,7 @@ def test_an_answer_is_made_again_and_a_question_edited_and_its_picture_stays(
 @pytest.mark.parametrize("leave", ["stop", "close"])
 def test_who_stops_or_leaves_frees_the_engine(context: BrowserContext, served: Served, leave: str) -> None:
     page = visit(context, served, most=1500)
-    until(lambda: served.running == 0, "the engine is busy before the test")
+    wait_for(lambda: served.running == 0, "the engine to be free before the test", 60)
     box(page).fill("Tell me a very long story")
     box(page).press("Enter")
     expect(bubbles(page, "bot")).to_be_visible()
@@ -252,7 +245,7 @@ def test_who_stops_or_leaves_frees_the_engine(context: BrowserContext, served: S
         page.get_by_role("button", name="Stop", exact=True).click()
     else:
         page.close()
-    until(lambda: served.running == 0, "the engine goes on")
+    wait_for(lambda: served.running == 0, "the engine to end", 60)
     if leave == "stop":
         expect(page.get_by_role("button", name="Submit")).to_be_visible()
         expect(box(page)).to_have_value("typed meanwhile")
@@ -294,10 +287,12 @@ def test_words_appear_while_one_speaks_and_can_be_corrected(
     page = visit(context, served)
     box(page).fill("Typed.")
     page.get_by_role("button", name="Record", exact=True).click()
-    until(lambda: "something" in page.get_by_label("Heard so far").input_value(), "nothing was written down")
+    wait_for(
+        lambda: "something" in page.get_by_label("Heard so far").input_value(), "what is said to be written down", 60
+    )
     shoot(page, "speaking")
     page.get_by_role("button", name="Stop", exact=True).click()
-    until(lambda: "something" in box(page).input_value(), "what was said is not in the box")
+    wait_for(lambda: "something" in box(page).input_value(), "what was said to be in the box", 60)
     assert box(page).input_value().startswith("Typed. ")
     ask(page, "Corrected.")
     expect(bubbles(page, "user")).to_contain_text("Corrected.")
