@@ -1,7 +1,6 @@
 """CLIP's replica on real Serve: what is computed, and what is computed once."""
 
 import base64
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from serve_apps.config_files import load_serve_config
 from serve_apps.embeddings import TypedText
 from serve_apps.upload import Upload
 from tests.serve_apps.conftest import image_uri
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +54,10 @@ def make_clip(bundle: Bundle, serve_port: int) -> MakeClip:
             told, self._counts = self._counts, {"decoded": 0, "encoded": 0}
             return told
 
+        def held(self) -> int:
+            """Requests whose images are known and not encoded yet."""
+            return sum(request.begun for request in self._work._held)
+
     made: dict[str, Any] = {}
 
     def build(**settings: Any) -> Any:
@@ -89,11 +93,11 @@ def test_requests_that_bring_one_image_at_once_encode_it_once(make_clip: MakeCli
 
 
 def test_the_one_who_began_may_leave(make_clip: MakeClip) -> None:
-    clip = make_clip(cache_bytes=0, batch_wait_s=0.5)
+    clip = make_clip(cache_bytes=0, batch_wait_s=3)  # all are held until then
     first = clip.encode.remote((upload("blue"),))
-    time.sleep(0.1)  # it is decoded by now and waits for company
+    wait_for(lambda: clip.held.remote().result() == 1, "the first")
     others = [clip.encode.remote((upload("blue"),)) for _ in range(3)]
-    time.sleep(0.1)
+    wait_for(lambda: clip.held.remote().result() == 4, "the others")
     first.cancel()
     assert len([one.result() for one in others]) == 3
     assert counts(clip)[1] == 1

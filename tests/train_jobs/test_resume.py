@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from mmllm_core.config import Recipe
 from mmllm_core.errors import ConfigError, EnvironmentLack, TrainingError
 from mmllm_core.models.home import home
 from tests.train_jobs.conftest import TinyRecipe
+from tests.train_jobs.kept_checkpoints import kept_step, wait_for_kept_step
+from tests.waiting import wait_for
 from train_jobs.origins import starting_profile
 from train_jobs.progress import read_metrics, step_lines
 from train_jobs.run_inputs import RunInputs, write_inputs
@@ -56,21 +58,6 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return set(one) == set(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def wait_for(log: Path, found: Callable[[dict[str, Any]], bool], seconds: float = 400, after: int = 0) -> None:
-    """Until a line of the log, past the first `after`, is what is waited for."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if any(found(line) for line in read_metrics(log)[after:]):
-            return
-        time.sleep(0.02)
-    raise TimeoutError(f"{log}: waited for {seconds:g} s")
-
-
-def wait_for_checkpoint(log: Path, step: int, after: int = 0) -> None:
-    """Until a checkpoint of this step or a later one was reported."""
-    wait_for(log, lambda line: line.get("event") == "checkpoint" and line["step"] >= step, after=after)
-
-
 def events(run: TrainedRun, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(run.folder / LOG) if line.get("event") == kind]
 
@@ -78,10 +65,9 @@ def events(run: TrainedRun, kind: str) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("own_ray")
 def test_a_run_whose_worker_is_killed_ends_as_one_that_was_left_alone(tiny_recipe: TinyRecipe) -> None:
     alone = train(tiny_recipe("alone", **LONG))
-    log = runs_folder() / "killed" / LOG
 
     def kill_a_worker() -> None:
-        wait_for_checkpoint(log, 20)
+        wait_for_kept_step(home() / "ray" / "killed", 10)
         ours = psutil.Process().children(recursive=True)
         workers = [process for process in ours if "RayTrainWorker" in " ".join(process.cmdline())]
         workers[-1].send_signal(signal.SIGKILL)
@@ -104,7 +90,7 @@ def test_a_notice_of_preemption_makes_a_checkpoint_at_once(
     log = runs_folder() / "preempted" / LOG
 
     def announce() -> None:
-        wait_for(log, lambda line: line.get("step", 0) >= 5)
+        wait_for(lambda: len(step_lines(read_metrics(log))) >= 5, "the fifth step", seconds=400)
         context = ray.get_runtime_context()
         reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         ends = int((time.time() + 3600) * 1000)
@@ -139,16 +125,16 @@ def test_a_run_takes_the_workers_that_there_are(tiny_recipe: TinyRecipe) -> None
 
 
 def interrupt(recipe: Recipe, step: int, arguments: list[str]) -> None:
-    """Train in a process of its own, and kill that when it has left a checkpoint of `step` or later."""
+    """Train in a process of its own, and kill that when it would go on from `step` or a later one."""
     path = home() / f"{recipe.name}.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
-    log = runs_folder() / recipe.name / LOG
-    n_lines = len(read_metrics(log))  # workers of a driver that was killed may have come further than it
+    kept = home() / "ray" / recipe.name
+    before = kept_step(kept)  # workers of a driver that was killed may have come further than it
     command = [sys.executable, "-m", "cluster.cli", "train", *(arguments or [str(path)])]
     with (home() / "driver.log").open("wb") as output:
         driver = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, env=os.environ)
     try:
-        wait_for_checkpoint(log, step, after=n_lines)
+        wait_for_kept_step(kept, max(step, before + 1))
     finally:
         family = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()  # the driver alone: what it started goes on for a while

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from cluster.local import local_ray
 from mmllm_core.bundle import Bundle
 from mmllm_core.config import Recipe
 from mmllm_core.errors import ConfigError, EnvironmentLack, TrainingError
+from mmllm_core.models.home import home
 from tests.train_jobs.conftest import TinyRecipe
+from tests.train_jobs.kept_checkpoints import wait_for_kept_step
 from train_jobs.checkpoint import load_checkpoint
 from train_jobs.embed_images import embed_recipe
 from train_jobs.evaluate import Asked, evaluate
@@ -150,8 +151,7 @@ def test_a_missing_image_is_named_with_its_sample_and_checkpoints_stay(
     log = runs_folder() / "missing" / LOG
 
     def lose_an_image() -> None:
-        while not any(line.get("event") == "checkpoint" for line in read_metrics(log)):
-            time.sleep(0.02)
+        wait_for_kept_step(home() / "ray" / "missing", 10)
         (tiny_home / "image-3.png").unlink()
 
     thread = threading.Thread(target=lose_an_image)
