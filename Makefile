@@ -46,7 +46,8 @@ test-fast: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m "not slow and not long" $(SIDE) $(ARGS)
 
 coverage: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=html $(ARGS)
+	@$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not long" $(SIDE) $(ARGS)
+	@$(BIN)/python -m pytest --cov --cov-append --cov-report=term:skip-covered --cov-report=html -m "slow and not long" $(ARGS)
 
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)
