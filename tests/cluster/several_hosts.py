@@ -21,11 +21,13 @@ import yaml
 
 from cluster.ray_record import showing_token
 from mmllm_core.bundle import Bundle
+from mmllm_core.models.home import home
 from serve_apps.builder import APP_NAME, CLIP, PHI, WHISPER, build
 from serve_apps.config_files import load_serve_config
 from tests.cluster.hosts import Host, lay_cable
 from tests.serve_apps.conftest import recorded_speech
 from tests.serve_apps.faults import MixedLoad
+from tests.train_jobs.kept_checkpoints import kept_step, wait_for_kept_step
 from tests.waiting import wait_for
 from train_jobs.progress import read_metrics
 from train_jobs.run_record import LOG, runs_folder
@@ -37,6 +39,7 @@ QUICK = {  # how soon Ray sees that a host is gone: 5 s instead of half a minute
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 SERVED: dict[str, Any] = {
     "ui": False,
@@ -96,21 +99,20 @@ class Cluster:
         return {node.node_manager_address for node in nodes.values() if node.state == 0}
 
 
-def train(cluster: Cluster, recipe: Path, name: str, disturb: Callable[[Path], None] | None = None) -> dict[str, Any]:
+def train(cluster: Cluster, recipe: Path, name: str, disturb: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Train on the cluster as a command on its head does, and tell what became of it."""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     file = recipe.parent / f"{name}.yaml"
     file.write_text(yaml.safe_dump(values | {"name": name}), encoding="utf-8")
     command = [sys.executable, "-m", "cluster.cli", "train", str(file)]
     driver = cluster.head.start(*command, RAY_ADDRESS=cluster.address)
-    log = runs_folder() / name / LOG
     try:
         if disturb is not None:
-            disturb(log)
+            disturb(name)
         code = driver.wait(timeout=400)
     finally:
         driver.kill()
-    return {"code": code, "lines": read_metrics(log), "said": cluster.head.said()[-3000:]}
+    return {"code": code, "lines": read_metrics(runs_folder() / name / LOG), "said": cluster.head.said()[-3000:]}
 
 
 def worker_hosts(cluster: Cluster) -> list[str]:
@@ -118,27 +120,28 @@ def worker_hosts(cluster: Cluster) -> list[str]:
     return [host.name for host in cluster.hosts if host.command_lines("RayTrainWorker")]
 
 
-def lose_hosts(cluster: Cluster, log: Path, seen: dict[str, Any]) -> None:
+def lose_hosts(cluster: Cluster, run: str, seen: dict[str, Any]) -> None:
     """While a run goes on: cut a link for a while, then end a host; both come back."""
+    kept = home() / "ray" / run
 
-    def checkpoint(step: int) -> bool:
-        return any(line.get("event") == "checkpoint" and line["step"] >= step for line in read_metrics(log))
-
-    def resumed(times: int) -> bool:
-        return sum(line.get("event") == "resumed" for line in read_metrics(log)) >= times
+    def resumed() -> list[int]:
+        lines = read_metrics(runs_folder() / run / LOG)
+        return [line["step"] for line in lines if line.get("event") == "resumed"]
 
     _, cut, ended = cluster.hosts
-    wait_for(lambda: checkpoint(20), "a checkpoint after the first, which is safe by then")
+    wait_for_kept_step(kept, 10)
     seen["workers_on"] = worker_hosts(cluster)
+    seen["kept"] = [kept_step(kept)]
     cut.cut()
     wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
     cluster.mend(cut)
-    wait_for(lambda: resumed(1), "the run to go on")
-    wait_for(lambda: checkpoint(40), "more checkpoints")
+    wait_for(resumed, "the run to go on", seconds=400)
+    wait_for_kept_step(kept, resumed()[0] + 10)
+    seen["kept"].append(kept_step(kept))
     ended.end()
     wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
     cluster.boot(ended)
-    wait_for(lambda: resumed(2), "the run to go on again")
+    wait_for(lambda: len(resumed()) >= 2, "the run to go on again", seconds=400)
 
 
 def serve(bundle: Path, folder: Path) -> None:
@@ -208,7 +211,7 @@ def main(recipe: Path, folder: Path) -> None:
         cluster = Cluster(folder)
         found: dict[str, Any] = {"quiet": train(cluster, recipe, "quiet")}
         seen: dict[str, Any] = {}
-        found["disturbed"] = train(cluster, recipe, "disturbed", lambda log: lose_hosts(cluster, log, seen))
+        found["disturbed"] = train(cluster, recipe, "disturbed", lambda run: lose_hosts(cluster, run, seen))
         found |= seen
         found["served"] = serve_and_lose(cluster, Bundle.latest().folder, folder)
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
