@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ import yaml
 from cluster.ray_record import showing_token
 from mmllm_core.bundle import Bundle
 from mmllm_core.models.home import home
-from serve_apps.builder import APP_NAME, CLIP, PHI, WHISPER, build
+from serve_apps.builder import APP_NAME, CLIP, INGRESS, PHI, WHISPER, build
 from serve_apps.config_files import load_serve_config
 from tests.cluster.hosts import Host, lay_cable
 from tests.serve_apps.conftest import recorded_speech
@@ -33,6 +34,8 @@ from train_jobs.progress import read_metrics
 from train_jobs.run_record import LOG, runs_folder
 
 PORT, HTTP_PORT = 6379, 8000
+PATIENCE_S = 400
+"""For what does not come on a machine that has other work too."""
 QUICK = {  # how soon Ray sees that a host is gone: 5 s instead of half a minute
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
@@ -61,20 +64,34 @@ class Cluster:
         self.hosts = [Host(10 + number, folder) for number in range(3)]
         self.head = self.hosts[0]
         self.address = f"{self.head.address}:{PORT}"
-        for host in self.hosts:
-            self.boot(host)
+        self.boot(self.head)
+        self.boot(*self.hosts[1:])
 
-    def boot(self, host: Host) -> None:
-        """Start a host and its Ray, and wait until it is a node of the cluster."""
-        host.mend()
-        host.boot()
-        self._start_ray(host)
+    def boot(self, *hosts: Host) -> None:
+        """Start hosts and their Rays, and wait until they are nodes of the cluster."""
+        for host in hosts:
+            host.mend()
+            host.boot()
+            self._start_ray(host)
+        self._wait_for_nodes(*hosts)
+
+    def lose(self, host: Host, how: Callable[[], None]) -> float:
+        """Cut a host off or end it, and wait until Ray misses it; the seconds that took."""
+        began = time.monotonic()
+        how()
+        wait_for(lambda: host.address not in self.alive(), f"{host.name} to be missed", PATIENCE_S)
+        return round(time.monotonic() - began, 1)
 
     def mend(self, host: Host) -> None:
         """Mend a link that was cut for so long that the host is missed: its Ray learns that, ends, and starts anew."""
         host.mend()
-        wait_for(lambda: not host.command_lines("ray"), f"Ray on {host.name} to end")
+        wait_for(lambda: not host.command_lines("ray"), f"Ray on {host.name} to end", PATIENCE_S)
         self._start_ray(host)
+        self._wait_for_nodes(host)
+
+    def _wait_for_nodes(self, *hosts: Host) -> None:
+        wanted = {host.address for host in hosts}
+        wait_for(lambda: wanted <= self.alive(), f"{' and '.join(sorted(wanted))} to be nodes", PATIENCE_S)
 
     def _start_ray(self, host: Host) -> None:
         where = ("--head", "--port", str(PORT)) if host is self.head else ("--address", self.address)
@@ -86,7 +103,6 @@ class Cluster:
         if host is self.head:
             command += ["--include-dashboard=false"]
         host.start(*command)
-        wait_for(lambda: host.address in self.alive(), f"{host.name} to be a node")
 
     def alive(self) -> set[str]:
         """Addresses of the nodes that Ray believes to be there."""
@@ -109,7 +125,7 @@ def train(cluster: Cluster, recipe: Path, name: str, disturb: Callable[[str], No
     try:
         if disturb is not None:
             disturb(name)
-        code = driver.wait(timeout=400)
+        code = driver.wait(timeout=PATIENCE_S)
     finally:
         driver.kill()
     return {"code": code, "lines": read_metrics(runs_folder() / name / LOG), "said": cluster.head.said()[-3000:]}
@@ -129,19 +145,17 @@ def lose_hosts(cluster: Cluster, run: str, seen: dict[str, Any]) -> None:
         return [line["step"] for line in lines if line.get("event") == "resumed"]
 
     _, cut, ended = cluster.hosts
-    wait_for_kept_step(kept, 10)
+    wait_for_kept_step(kept, 1)
     seen["workers_on"] = worker_hosts(cluster)
     seen["kept"] = [kept_step(kept)]
-    cut.cut()
-    wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
+    seen["missed_after_s"] = [cluster.lose(cut, cut.cut)]
     cluster.mend(cut)
-    wait_for(resumed, "the run to go on", seconds=400)
-    wait_for_kept_step(kept, resumed()[0] + 10)
+    wait_for(resumed, "the run to go on", PATIENCE_S)
+    wait_for_kept_step(kept, resumed()[0] + 1)
     seen["kept"].append(kept_step(kept))
-    ended.end()
-    wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
+    seen["missed_after_s"].append(cluster.lose(ended, ended.end))
     cluster.boot(ended)
-    wait_for(lambda: len(resumed()) >= 2, "the run to go on again", seconds=400)
+    wait_for(lambda: len(resumed()) >= 2, "the run to go on again", PATIENCE_S)
 
 
 def serve(bundle: Path, folder: Path) -> None:
@@ -168,8 +182,13 @@ def serve(bundle: Path, folder: Path) -> None:
     serve.shutdown()
 
 
+def answers_http(host: Host) -> bool:
+    """Whether the replica that answers HTTP is there."""
+    return bool(host.command_lines(f"ray::ServeReplica:{APP_NAME}:{INGRESS}"))
+
+
 def serve_and_lose(cluster: Cluster, bundle: Path, folder: Path) -> dict[str, Any]:
-    """Requests while a link is cut and mended, and while a host ends and comes back."""
+    """Requests while the link of a host is cut and mended, the one that answers HTTP if it can be, and another ends."""
     command = [sys.executable, "-m", "tests.cluster.several_hosts", "--serve", str(bundle), str(folder)]
     driver = cluster.head.start(*command, RAY_ADDRESS=cluster.address)
     served = folder / "served.json"
@@ -181,25 +200,24 @@ def serve_and_lose(cluster: Cluster, bundle: Path, folder: Path) -> dict[str, An
     def answered_since(n: int) -> bool:
         return len(read().get("endings", ())) >= n + 12 and read()["whole"]
 
-    _, cut, ended = cluster.hosts
-    marks: dict[str, int] = {}
     try:
-        wait_for(lambda: answered_since(0), "the first answers")
+        wait_for(lambda: answered_since(0), "the first answers", PATIENCE_S)
         replicas = {host.name: len(host.command_lines("ray::ServeReplica")) for host in cluster.hosts}
-        marks["cut"] = len(read()["endings"])
-        cut.cut()
-        wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
-        wait_for(lambda: answered_since(marks["cut"]), "answers without a host")
+        cut, ended = sorted(cluster.hosts[1:], key=answers_http, reverse=True)
+        answered_http = answers_http(cut)
+        marks = {"cut": len(read()["endings"])}
+        missed_after_s = [cluster.lose(cut, cut.cut)]
+        wait_for(lambda: answered_since(marks["cut"]), "answers without a host", PATIENCE_S)
         cluster.mend(cut)
         marks["ended"] = len(read()["endings"])
-        ended.end()
-        wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
-        wait_for(lambda: answered_since(marks["ended"]), "answers without the other host")
+        missed_after_s.append(cluster.lose(ended, ended.end))
+        wait_for(lambda: answered_since(marks["ended"]), "answers without the other host", PATIENCE_S)
         (folder / "stop").touch()
-        code = driver.wait(timeout=120)
+        code = driver.wait(timeout=PATIENCE_S)
     finally:
         driver.kill()
-    return {"code": code, "replicas": replicas, "marks": marks, **read(), "said": cluster.head.said()[-3000:]}
+    seen = {"replicas": replicas, "marks": marks, "missed_after_s": missed_after_s, "http_was_cut": answered_http}
+    return {"code": code, **seen, **read(), "said": cluster.head.said()[-3000:]}
 
 
 def main(recipe: Path, folder: Path) -> None:
