@@ -74,6 +74,7 @@ def test_what_is_trained_and_served_on_hosts_survives_their_loss(found: dict[str
     served = found["served"]
     assert served["code"] == 0, served["said"]
     assert all(served["replicas"].values()), served["replicas"]
+    assert served["lost_http"] == [True, True]
     ends = [ending["how"] for ending in served["endings"]]
     assert not {"silent", "hung"} & set(ends)
     # a stream that had begun may tell of an error, and so may the ingress while Serve learns that a host is gone
