@@ -36,7 +36,7 @@ from train_jobs.run_record import LOG, runs_folder
 PORT, HTTP_PORT = 6379, 8000
 PATIENCE_S = 400
 """For what does not come on a machine that has other work too."""
-QUICK = {  # how soon Ray sees that a host is gone: 10 s, not 30 and more
+QUICK = {  # Ray misses a host after about 10 s, sooner than by default
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
