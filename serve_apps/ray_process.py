@@ -28,12 +28,12 @@ def unwrapped(error: BaseException) -> BaseException:
 
 
 def replica_died(error: BaseException) -> bool:
-    """Whether it was the end of a replica that ended the call."""
+    """Whether it was the end of a replica that ended the call, or of its host, before what it gave was fetched."""
     if not has_ray():
         return False
-    from ray.exceptions import RayActorError
+    from ray.exceptions import ObjectLostError, RayActorError
 
-    return isinstance(error, RayActorError)
+    return isinstance(error, RayActorError | ObjectLostError)
 
 
 def has_no_room(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,28 +22,34 @@ import yaml
 
 from cluster.ray_record import showing_token
 from mmllm_core.bundle import Bundle
-from serve_apps.builder import APP_NAME, CLIP, PHI, WHISPER, build
+from mmllm_core.models.home import home
+from serve_apps.builder import APP_NAME, CLIP, INGRESS, PHI, WHISPER, build
 from serve_apps.config_files import load_serve_config
 from tests.cluster.hosts import Host, lay_cable
 from tests.serve_apps.conftest import recorded_speech
 from tests.serve_apps.faults import MixedLoad
+from tests.train_jobs.kept_checkpoints import kept_step, wait_for_kept_step
 from tests.waiting import wait_for
 from train_jobs.progress import read_metrics
 from train_jobs.run_record import LOG, runs_folder
 
 PORT, HTTP_PORT = 6379, 8000
-QUICK = {  # how soon Ray sees that a host is gone: 5 s instead of half a minute
+PATIENCE_S = 400
+"""For what does not come on a machine that has other work too."""
+QUICK = {  # Ray misses a host after about 10 s, sooner than by default
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
 SERVED: dict[str, Any] = {
     "ui": False,
     "limits.request_timeout_s": 60,
     "ingress.cache_bytes": 0,
     "clip.cache_bytes": 0,
+    "ingress.ray_actor_options.num_cpus": 0.55,
 } | {
     f"{part}.{key}": value
     for part in ("clip", "whisper", "phi")
@@ -58,20 +65,34 @@ class Cluster:
         self.hosts = [Host(10 + number, folder) for number in range(3)]
         self.head = self.hosts[0]
         self.address = f"{self.head.address}:{PORT}"
-        for host in self.hosts:
-            self.boot(host)
+        self.boot(self.head)
+        self.boot(*self.hosts[1:])
 
-    def boot(self, host: Host) -> None:
-        """Start a host and its Ray, and wait until it is a node of the cluster."""
-        host.mend()
-        host.boot()
-        self._start_ray(host)
+    def boot(self, *hosts: Host) -> None:
+        """Start hosts and their Rays, and wait until they are nodes of the cluster."""
+        for host in hosts:
+            host.mend()
+            host.boot()
+            self._start_ray(host)
+        self._wait_for_nodes(*hosts)
+
+    def lose(self, host: Host, how: Callable[[], None]) -> float:
+        """Cut a host off or end it, and wait until Ray misses it; the seconds that took."""
+        began = time.monotonic()
+        how()
+        wait_for(lambda: host.address not in self.alive(), f"{host.name} to be missed", PATIENCE_S)
+        return round(time.monotonic() - began, 1)
 
     def mend(self, host: Host) -> None:
         """Mend a link that was cut for so long that the host is missed: its Ray learns that, ends, and starts anew."""
         host.mend()
-        wait_for(lambda: not host.command_lines("ray"), f"Ray on {host.name} to end")
+        wait_for(lambda: not host.command_lines("ray"), f"Ray on {host.name} to end", PATIENCE_S)
         self._start_ray(host)
+        self._wait_for_nodes(host)
+
+    def _wait_for_nodes(self, *hosts: Host) -> None:
+        wanted = {host.address for host in hosts}
+        wait_for(lambda: wanted <= self.alive(), f"{' and '.join(sorted(wanted))} to be nodes", PATIENCE_S)
 
     def _start_ray(self, host: Host) -> None:
         where = ("--head", "--port", str(PORT)) if host is self.head else ("--address", self.address)
@@ -83,7 +104,6 @@ class Cluster:
         if host is self.head:
             command += ["--include-dashboard=false"]
         host.start(*command)
-        wait_for(lambda: host.address in self.alive(), f"{host.name} to be a node")
 
     def alive(self) -> set[str]:
         """Addresses of the nodes that Ray believes to be there."""
@@ -96,21 +116,20 @@ class Cluster:
         return {node.node_manager_address for node in nodes.values() if node.state == 0}
 
 
-def train(cluster: Cluster, recipe: Path, name: str, disturb: Callable[[Path], None] | None = None) -> dict[str, Any]:
+def train(cluster: Cluster, recipe: Path, name: str, disturb: Callable[[str], None] | None = None) -> dict[str, Any]:
     """Train on the cluster as a command on its head does, and tell what became of it."""
     values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     file = recipe.parent / f"{name}.yaml"
     file.write_text(yaml.safe_dump(values | {"name": name}), encoding="utf-8")
     command = [sys.executable, "-m", "cluster.cli", "train", str(file)]
     driver = cluster.head.start(*command, RAY_ADDRESS=cluster.address)
-    log = runs_folder() / name / LOG
     try:
         if disturb is not None:
-            disturb(log)
-        code = driver.wait(timeout=400)
+            disturb(name)
+        code = driver.wait(timeout=PATIENCE_S)
     finally:
         driver.kill()
-    return {"code": code, "lines": read_metrics(log), "said": cluster.head.said()[-3000:]}
+    return {"code": code, "lines": read_metrics(runs_folder() / name / LOG), "said": cluster.head.said()[-3000:]}
 
 
 def worker_hosts(cluster: Cluster) -> list[str]:
@@ -118,27 +137,26 @@ def worker_hosts(cluster: Cluster) -> list[str]:
     return [host.name for host in cluster.hosts if host.command_lines("RayTrainWorker")]
 
 
-def lose_hosts(cluster: Cluster, log: Path, seen: dict[str, Any]) -> None:
+def lose_hosts(cluster: Cluster, run: str, seen: dict[str, Any]) -> None:
     """While a run goes on: cut a link for a while, then end a host; both come back."""
+    kept = home() / "ray" / run
 
-    def checkpoint(step: int) -> bool:
-        return any(line.get("event") == "checkpoint" and line["step"] >= step for line in read_metrics(log))
-
-    def resumed(times: int) -> bool:
-        return sum(line.get("event") == "resumed" for line in read_metrics(log)) >= times
+    def resumed() -> list[int]:
+        lines = read_metrics(runs_folder() / run / LOG)
+        return [line["step"] for line in lines if line.get("event") == "resumed"]
 
     _, cut, ended = cluster.hosts
-    wait_for(lambda: checkpoint(20), "a checkpoint after the first, which is safe by then")
+    wait_for_kept_step(kept, 1)
     seen["workers_on"] = worker_hosts(cluster)
-    cut.cut()
-    wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
+    seen["kept"] = [kept_step(kept)]
+    seen["missed_after_s"] = [cluster.lose(cut, cut.cut)]
     cluster.mend(cut)
-    wait_for(lambda: resumed(1), "the run to go on")
-    wait_for(lambda: checkpoint(40), "more checkpoints")
-    ended.end()
-    wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
+    wait_for(resumed, "the run to go on", PATIENCE_S)
+    wait_for_kept_step(kept, resumed()[0] + 1)
+    seen["kept"].append(kept_step(kept))
+    seen["missed_after_s"].append(cluster.lose(ended, ended.end))
     cluster.boot(ended)
-    wait_for(lambda: resumed(2), "the run to go on again")
+    wait_for(lambda: len(resumed()) >= 2, "the run to go on again", PATIENCE_S)
 
 
 def serve(bundle: Path, folder: Path) -> None:
@@ -147,6 +165,8 @@ def serve(bundle: Path, folder: Path) -> None:
     from ray import serve
 
     ray.init(address=f"{os.environ['RAY_ADDRESS']}", log_to_driver=False, logging_level="ERROR")
+    # The head, through which all is asked, has no room for the replica that answers HTTP: that is lost too.
+    ray.get(ray.util.placement_group([{"CPU": 0.5, "node:__internal_head__": 0.001}]).ready())
     config = load_serve_config("embedded", SERVED | {"http.port": HTTP_PORT})
     serve.start(http_options={"host": "127.0.0.1", "port": HTTP_PORT})
     serve.run(build(config, bundle), name=APP_NAME, route_prefix="/")
@@ -165,8 +185,13 @@ def serve(bundle: Path, folder: Path) -> None:
     serve.shutdown()
 
 
+def answers_http(host: Host) -> bool:
+    """Whether the replica that answers HTTP is there."""
+    return bool(host.command_lines(f"ray::ServeReplica:{APP_NAME}:{INGRESS}"))
+
+
 def serve_and_lose(cluster: Cluster, bundle: Path, folder: Path) -> dict[str, Any]:
-    """Requests while a link is cut and mended, and while a host ends and comes back."""
+    """Requests while the host that answers HTTP is cut off and comes back, and while the one that took over ends."""
     command = [sys.executable, "-m", "tests.cluster.several_hosts", "--serve", str(bundle), str(folder)]
     driver = cluster.head.start(*command, RAY_ADDRESS=cluster.address)
     served = folder / "served.json"
@@ -178,25 +203,25 @@ def serve_and_lose(cluster: Cluster, bundle: Path, folder: Path) -> dict[str, An
     def answered_since(n: int) -> bool:
         return len(read().get("endings", ())) >= n + 12 and read()["whole"]
 
-    _, cut, ended = cluster.hosts
-    marks: dict[str, int] = {}
     try:
-        wait_for(lambda: answered_since(0), "the first answers")
+        wait_for(lambda: answered_since(0), "the first answers", PATIENCE_S)
         replicas = {host.name: len(host.command_lines("ray::ServeReplica")) for host in cluster.hosts}
-        marks["cut"] = len(read()["endings"])
-        cut.cut()
-        wait_for(lambda: cut.address not in cluster.alive(), f"{cut.name} to be missed")
-        wait_for(lambda: answered_since(marks["cut"]), "answers without a host")
+        cut, ended = sorted(cluster.hosts[1:], key=answers_http, reverse=True)
+        lost_http = [answers_http(cut)]
+        marks = {"cut": len(read()["endings"])}
+        missed_after_s = [cluster.lose(cut, cut.cut)]
+        wait_for(lambda: answered_since(marks["cut"]), "answers without a host", PATIENCE_S)
         cluster.mend(cut)
         marks["ended"] = len(read()["endings"])
-        ended.end()
-        wait_for(lambda: ended.address not in cluster.alive(), f"{ended.name} to be missed")
-        wait_for(lambda: answered_since(marks["ended"]), "answers without the other host")
+        lost_http.append(answers_http(ended))
+        missed_after_s.append(cluster.lose(ended, ended.end))
+        wait_for(lambda: answered_since(marks["ended"]), "answers without the other host", PATIENCE_S)
         (folder / "stop").touch()
-        code = driver.wait(timeout=120)
+        code = driver.wait(timeout=PATIENCE_S)
     finally:
         driver.kill()
-    return {"code": code, "replicas": replicas, "marks": marks, **read(), "said": cluster.head.said()[-3000:]}
+    seen = {"replicas": replicas, "marks": marks, "missed_after_s": missed_after_s, "lost_http": lost_http}
+    return {"code": code, **seen, **read(), "said": cluster.head.said()[-3000:]}
 
 
 def main(recipe: Path, folder: Path) -> None:
@@ -208,7 +233,7 @@ def main(recipe: Path, folder: Path) -> None:
         cluster = Cluster(folder)
         found: dict[str, Any] = {"quiet": train(cluster, recipe, "quiet")}
         seen: dict[str, Any] = {}
-        found["disturbed"] = train(cluster, recipe, "disturbed", lambda log: lose_hosts(cluster, log, seen))
+        found["disturbed"] = train(cluster, recipe, "disturbed", lambda run: lose_hosts(cluster, run, seen))
         found |= seen
         found["served"] = serve_and_lose(cluster, Bundle.latest().folder, folder)
     (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")

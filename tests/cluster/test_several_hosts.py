@@ -18,9 +18,9 @@ from tests.cluster.hosts import ISOLATED
 from tests.train_jobs.conftest import TinyRecipe, compiled_ops, tiny_home, tiny_recipe  # noqa: F401
 from train_jobs.progress import step_lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
-STEPS = 60
+STEPS = 40
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def _hosts() -> None:
 def found(_hosts: None, tiny_recipe: TinyRecipe, tiny_home: Path) -> dict[str, Any]:  # noqa: F811
     """What `tests.cluster.several_hosts` saw."""
     resolve(load_profile("embedded").audio.source)  # there is no network later
-    recipe = tiny_recipe("hosts", steps=STEPS, workers=3, batch_size=6, checkpoint={"every_steps": 10}, max_restarts=9)
+    recipe = tiny_recipe("hosts", steps=STEPS, workers=3, batch_size=6, checkpoint={"every_steps": 5}, max_restarts=9)
     with tempfile.TemporaryDirectory(prefix="mmllm-") as name:
         file = Path(name) / "recipe.yaml"
         file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
@@ -52,7 +52,7 @@ def found(_hosts: None, tiny_recipe: TinyRecipe, tiny_home: Path) -> dict[str, A
             capture_output=True,
             text=True,
             check=False,
-            timeout=1100,
+            timeout=1500,
         )
         logs = "".join(log.read_text(errors="replace")[-2000:] for log in Path(name).glob("host*.log"))
         assert ran.returncode == 0, ran.stderr[-3000:] + logs
@@ -64,7 +64,9 @@ def test_what_is_trained_and_served_on_hosts_survives_their_loss(found: dict[str
     quiet, disturbed = found["quiet"], found["disturbed"]
     assert (quiet["code"], disturbed["code"]) == (0, 0), quiet["said"] + disturbed["said"]
     assert found["workers_on"] == ["host10", "host11", "host12"]
-    assert sum(line.get("event") == "resumed" for line in disturbed["lines"]) >= 2
+    resumed = [line["step"] for line in disturbed["lines"] if line.get("event") == "resumed"]
+    assert len(resumed) >= 2
+    assert [resumed[0] >= found["kept"][0], resumed[-1] >= found["kept"][1]] == [True, True], (resumed, found["kept"])
     losses = {name: [line["loss"] for line in step_lines(found[name]["lines"])] for name in ("quiet", "disturbed")}
     assert len(losses["quiet"]) == STEPS
     assert losses["disturbed"] == losses["quiet"]
@@ -72,6 +74,7 @@ def test_what_is_trained_and_served_on_hosts_survives_their_loss(found: dict[str
     served = found["served"]
     assert served["code"] == 0, served["said"]
     assert all(served["replicas"].values()), served["replicas"]
+    assert served["lost_http"] == [True, True]
     ends = [ending["how"] for ending in served["endings"]]
     assert not {"silent", "hung"} & set(ends)
     # a stream that had begun may tell of an error, and so may the ingress while Serve learns that a host is gone

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, ObjectLostError
 
 from serve_apps.asking import ATTEMPTS, again, begun, items, preceded
 from serve_apps.local_handle import LocalHandle
@@ -35,6 +35,11 @@ def died(n: int) -> list[Exception]:
 
 def test_who_asked_a_replica_that_died_is_answered_by_another() -> None:
     asked = Asked(*died(ATTEMPTS - 1))
+    assert asyncio.run(again(asked.answer)) == "answer"
+
+
+def test_an_answer_that_was_lost_with_its_host_is_asked_for_again() -> None:
+    asked = Asked(ObjectLostError("00", None, ""))
     assert asyncio.run(again(asked.answer)) == "answer"
 
 
