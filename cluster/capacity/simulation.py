@@ -7,8 +7,8 @@ Does not know prices.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from cluster.capacity.outcome import Outcome, Record
 from cluster.capacity.scaling import Held, Scaler
 from cluster.capacity.service_times import ServiceTimes
 from cluster.capacity.traces import Trace
+from cluster.capacity.turns import share_in_turns
 from cluster.modalities import FIELDS, RESOURCES
 from serve_apps.admission import capacity
 from serve_apps.autoscaling import Targets
@@ -41,6 +42,8 @@ WARM_S = 300.0
 _TOLD = 60_000
 """Requests of each kind that are told of a trace, at least, if so many come; no more than `_TOLD_AT_ONCE` in a tick."""
 _TOLD_AT_ONCE = 8
+_TELL_EVERY = 200
+Tell = Callable[[int], object]
 _INGRESS_USE = 0.7
 """Share of its time that an ingress replica may compute."""
 
@@ -127,10 +130,19 @@ class Simulation:
         read = pieces * float(self._text.step_of(0.0)) + self._prompts * self._text.position_s
         return self._times.ingress.seconds_per_request + perceived + read
 
-    def run(self) -> Outcome:
-        """Simulate all of it, after a while in which replicas come to what the beginning needs."""
+    @property
+    def n_ticks(self) -> int:
+        """Of the trace."""
+        return int(np.ceil(self._trace.seconds / self._tick_s))
+
+    def run(self, tell: Tell = lambda n: None) -> Outcome:
+        """Simulate all of it, after a while in which replicas come to what the beginning needs.
+
+        Args:
+            tell: called now and then, with the ticks that have passed since.
+        """
         tick_s = self._tick_s
-        n_warm, n = int(WARM_S / max(tick_s, 0.25)), int(np.ceil(self._trace.seconds / tick_s))
+        n_warm, n = int(WARM_S / max(tick_s, 0.25)), self.n_ticks
         for scaler in self._scalers.values():
             scaler.hurry(True)
         calm = self._trace.rates(np.zeros(1))[0]
@@ -144,6 +156,8 @@ class Simulation:
         for tick, came in enumerate(self._chance.poisson(rates * tick_s)):
             self._tick(tick * tick_s, tick_s, came, record)
             record.end(tick, rates[tick], self._counts(float(rates[tick].sum())))
+            if (tick + 1) % _TELL_EVERY == 0:
+                tell(_TELL_EVERY)
         self._drain(n * tick_s, record)
         return record.outcome()
 
@@ -201,7 +215,7 @@ class Simulation:
         busy = {"vision": self._vision.busy, "audio": self._audio.busy, "text": self._text.busy}
         on_gpu = {name: getattr(self._times, name).hardware.gpus > 0 for name in PARTS}
         return {
-            name: _share([busy[other] for other in PARTS if other != name and on_gpu[other] == on_gpu[name]])
+            name: share_in_turns([busy[other] for other in PARTS if other != name and on_gpu[other] == on_gpu[name]])
             for name in PARTS
         }
 
@@ -284,13 +298,3 @@ class Simulation:
         self._vision.resize(self._scalers["vision"].running)
         self._audio.resize(self._scalers["audio"].running)
         self._text.resize(self._scalers["text"].running)
-
-
-def _share(others: list[float]) -> float:
-    """Mean share of what is taken in turns, for one beside others that are busy so much of the time, each by chance."""
-    share = 0.0
-    for n in range(len(others) + 1):
-        for some in combinations(range(len(others)), n):
-            chances = (busy if i in some else 1 - busy for i, busy in enumerate(others))
-            share += float(np.prod(list(chances))) / (n + 1)
-    return share
