@@ -14,17 +14,19 @@ from cluster.capacity.changed_config import with_bounds, with_targets
 from cluster.capacity.outcome import Outcome, quantile
 from cluster.capacity.prices import CPU, Prices
 from cluster.capacity.service_times import Hardware, ServiceTimes
-from cluster.capacity.simulation import LONGEST_TICK_S, PARTS, TICK_S, Shape, Simulation, Tell, Way
+from cluster.capacity.simulation import PARTS, TICK_S, Shape, Simulation, Tell, Way
 from cluster.capacity.traces import KINDS, Trace
 from cluster.modalities import FIELDS
 from mmllm_core.errors import ConfigError
 from serve_apps.config import ServeConfig
 
 TARGET_SHARES = (1.0, 0.5, 0.25, 0.12)
-SEARCH_TICKS = 4_000
-"""Of a trace, while shares are looked for; what is found is then simulated as finely as anything."""
-SEARCH_DAY_S = 7_200.0
-"""In which a day passes meanwhile: its rates change slowly beside all that replicas wait for."""
+SEARCH_TICKS = 2_000
+"""Of a trace, while shares are looked for, or more where they would be longer than `SEARCH_TICK_S`; what is found is
+then simulated as finely as anything."""
+SEARCH_TICK_S = 2.0
+SEARCH_DAY_S = 4_000.0
+"""In which a day passes meanwhile: its rates change slowly beside all that replicas wait for, even so."""
 _FINALS = 2
 """Of what is found, the best that are simulated in full, until one keeps the promise there too."""
 PROMISED = 0.95
@@ -202,7 +204,7 @@ def _searched(question: Question) -> Question:
 
 
 def _search_tick_s(question: Question) -> float:
-    return max(TICK_S, min(LONGEST_TICK_S, _searched(question).trace.seconds / SEARCH_TICKS))
+    return max(TICK_S, min(SEARCH_TICK_S, _searched(question).trace.seconds / SEARCH_TICKS))
 
 
 def _cheapest(question: Question, way: Way, tell: Tell) -> list[dict[str, float]]:

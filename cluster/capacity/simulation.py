@@ -34,7 +34,7 @@ each with what it reserves for itself. `packed`: the same, and a replica's model
 largest reserves."""
 FINE_TICKS = 12_000
 """Of a trace, as long as none is longer than `LONGEST_TICK_S`, of which more would change results by some percent."""
-LONGEST_TICK_S = 2.0
+LONGEST_TICK_S = 4.0
 DRAIN_S = 3_600.0
 """After a trace, at most, for requests that still wait."""
 TICK_S = 0.1

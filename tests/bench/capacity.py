@@ -1,7 +1,7 @@
 """What `mmllm plan serve` goes by, measured on real Ray Serve, and whether what it predicts comes true there.
 
     python -m tests.bench.capacity measure --bundle FOLDER [--way packed] [--out times.yaml]
-    python -m tests.bench.capacity compare --bundle FOLDER --times times.yaml [--way packed] [--rps 1.2] [--seconds 150]
+    python -m tests.bench.capacity compare --bundle FOLDER --times times.yaml [--way packed] [--rps 1.5] [--seconds 150]
     python -m tests.bench.capacity check --bundle FOLDER [--way packed]    # both, on one service
     python -m tests.bench.capacity speed
 
@@ -43,7 +43,7 @@ ALL = ("all", *KINDS)
 FIXED = dict.fromkeys(("clip.autoscaling", "whisper.autoscaling", "phi.autoscaling"))
 ANSWER = 24
 """Tokens: short, for many requests to be asked within minutes."""
-RPS = 1.2
+RPS = 1.5
 """Where models have a core."""
 
 
@@ -87,7 +87,7 @@ def compared(service: Service, times: ServiceTimes, way: Way, runs: Runs) -> int
     rps = runs.rps or RPS * times.text.hardware.cpus
     ratios = []
     for seed in runs.seeds:
-        used = CoresUsed(service.app_name)
+        used = CoresUsed()
         asked = asyncio.run(load(service, rps, mix, runs.seconds, seed))
         found = {"way": way, "seed": seed, "cores_used": used.told()} | side_by_side(asked, times, rps, mix, way)
         print(json.dumps(rounded(found)), flush=True)
@@ -157,7 +157,7 @@ def main() -> None:
     if arguments.what == "check":
         with measured(bundle, way, arguments.out) as (service, times):
             sys.exit(compared(service, times, way, runs))
-    with serving(bundle, FIXED) as (service, _), limited(way, service.app_name):
+    with serving(bundle, FIXED) as (service, _), limited(way):
         sys.exit(compared(service, load_service_times(arguments.times), way, runs))
 
 

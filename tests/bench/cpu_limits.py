@@ -1,7 +1,7 @@
 """How much of the cores each model of a running service may compute on: cgroups, as Kubernetes' limits are.
 
-In: the service's app and the way in which its models have cores. Out: limits that end with the block, and the cores
-that were used meanwhile, by who used them. Wants root on Linux. Does not know what a service is asked.
+In: the way in which the models of this process's own service have cores. Out: limits that end with the block, and the
+cores that were used meanwhile, by who used them. Wants root on Linux. Does not know what a service is asked.
 """
 
 import os
@@ -15,10 +15,12 @@ import psutil
 
 from cluster.capacity.simulation import PARTS, Way
 from mmllm_core.errors import EnvironmentLack
+from serve_apps.builder import INGRESS
+from tests.serve_apps.faults import replica_processes
+from tests.serve_apps.step_load import DEPLOYMENTS
 
 PERIOD_US = 5_000
 """In which a limit is counted: less than a step of the LM, or it would come in bursts (Kubernetes' is 100 ms)."""
-DEPLOYMENTS = {"vision": "ClipDeployment", "audio": "WhisperDeployment", "text": "PhiDeployment"}
 _MOUNTS = Path("/proc/self/mounts")
 
 
@@ -28,69 +30,51 @@ def share_of_a_core() -> float:
 
 
 @contextmanager
-def limited(way: Way, app: str) -> Iterator[None]:
-    """Let the models of a service, one replica each, compute in turns on one core (`packed`) or on a share each.
+def limited(way: Way) -> Iterator[None]:
+    """Let the models of this process's service, one replica each, take turns on a core (`packed`) or have a share each.
 
     Raises:
-        EnvironmentLack: this machine lets nobody set limits.
+        EnvironmentLack: this machine lets nobody set limits, or there are other replicas than one of each.
     """
-    pids = replica_pids(app)
+    pids = _models()
     groups = (
-        {"all": (1.0, list(pids.values()))}
+        {"all": (1.0, list(pids))}
         if way == "packed"
-        else {part: (share_of_a_core(), [pid]) for part, pid in pids.items()}
+        else {part: (share_of_a_core(), [pid]) for pid, part in pids.items()}
     )
     with _groups(groups):
         yield
-
-
-def replica_pids(app: str) -> dict[str, int]:
-    """Process of each model's replica, by modality; of a service that this process started.
-
-    Raises:
-        EnvironmentLack: a model has none, or several.
-    """
-    found = {part: [] for part in PARTS}  # type: dict[str, list[int]]
-    for process in psutil.Process().children(recursive=True):
-        for part, deployment in DEPLOYMENTS.items():
-            if _title(process).startswith(f"ray::ServeReplica:{app}:{deployment}"):
-                found[part].append(process.pid)
-    if wrong := {part: pids for part, pids in found.items() if len(pids) != 1}:
-        raise EnvironmentLack(f"one replica of each model is wanted, and processes are {wrong}: deploy {app} anew")
-    return {part: pids[0] for part, pids in found.items()}
 
 
 @dataclass
 class CoresUsed:
     """Cores that were used on average from when this was made until `told`, by who used them."""
 
-    app: str
-
     def __post_init__(self) -> None:
-        self._models = replica_pids(self.app)
+        self._models = _models()
         self._began, self._before = time.perf_counter(), self._seconds()
 
     def told(self) -> dict[str, float]:
         """By modality; `http` is Serve's proxy and the ingress, `asking` this process, `ray` the rest."""
         passed, now = time.perf_counter() - self._began, self._seconds()
-        return {name: (seconds - self._before.get(name, 0.0)) / passed for name, seconds in now.items()}
+        return {name: (seconds - self._before[name]) / passed for name, seconds in now.items()}
 
     def _seconds(self) -> dict[str, float]:
-        of = {pid: part for part, pid in self._models.items()}
-        me = psutil.Process()
-        total = {"asking": sum(me.cpu_times()[:2])} | dict.fromkeys((*of.values(), "http", "ray"), 0.0)
+        me, ingress = psutil.Process(), {process.pid for process in replica_processes(INGRESS)}
+        total = dict.fromkeys((*PARTS, "http", "ray"), 0.0) | {"asking": sum(me.cpu_times()[:2])}
         for process in me.children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                http = any(name in _title(process) for name in ("ProxyActor", f":{self.app}:Assistant"))
-                who = of.get(process.pid, "http" if http else "ray")
-                total[who] += sum(process.cpu_times()[:2])
+            with suppress(psutil.Error):
+                http = process.pid in ingress or "ProxyActor" in " ".join(process.cmdline())
+                total[self._models.get(process.pid, "http" if http else "ray")] += sum(process.cpu_times()[:2])
         return total
 
 
-def _title(process: psutil.Process) -> str:
-    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        return " ".join(process.cmdline())
-    return ""
+def _models() -> dict[int, str]:
+    """Modalities by the process of their replica."""
+    found = {part: [process.pid for process in replica_processes(name)] for part, name in DEPLOYMENTS.items()}
+    if any(len(pids) != 1 for pids in found.values()):
+        raise EnvironmentLack(f"one replica of each model is wanted, and processes are {found}: deploy it anew")
+    return {pids[0]: part for part, pids in found.items()}
 
 
 @contextmanager

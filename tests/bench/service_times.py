@@ -28,7 +28,7 @@ from tests.bench.caller import Asked, Caller, spoken_seconds
 from tests.bench.cpu_limits import limited, share_of_a_core
 from tests.serve_apps.conftest import Service, deploy, own_serve
 
-REPEATS = 7
+REPEATS = 5
 PACKAGES = ("ray", "torch", "transformers", "ctranslate2", "faster-whisper", "open-clip-torch", "numpy")
 TOKENS = 48
 """Of an answer, where answers are measured."""
@@ -78,7 +78,7 @@ async def measure(service: Service, start_s: float, kv_bytes: int, way: Way, lim
             await one(lambda words=words: caller.text(words), 8)
         cold_image, cold_sound = await one(caller.images), await one(caller.sound)
         told("cold", [cold_image.first_s, cold_sound.first_s])
-        limits.enter_context(limited(way, service.app_name))
+        limits.enter_context(limited(way))
 
         passing = median([await passed_on(client, service) for _ in range(6 * REPEATS)])
         told("passing", passing)
