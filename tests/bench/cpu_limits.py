@@ -79,7 +79,7 @@ def _models() -> dict[int, str]:
 
 @contextmanager
 def _groups(wanted: Mapping[str, tuple[float, Sequence[int]]]) -> Iterator[None]:
-    """Control groups that end with the block: cores of each, and processes."""
+    """Control groups that end with the block: cores of each, which they have before all others, and processes."""
     made: list[Path] = []
     try:
         top, unified = _mounted()
@@ -92,9 +92,11 @@ def _groups(wanted: Mapping[str, tuple[float, Sequence[int]]]) -> Iterator[None]
             quota_us = round(cores * PERIOD_US)
             if unified:
                 (folder / "cpu.max").write_text(f"{quota_us} {PERIOD_US}")
+                (folder / "cpu.weight").write_text("10000")
             else:
                 (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
                 (folder / "cpu.cfs_quota_us").write_text(str(quota_us))
+                (folder / "cpu.shares").write_text("262144")
             for pid in pids:
                 (folder / "cgroup.procs").write_text(str(pid))
     except OSError as error:
