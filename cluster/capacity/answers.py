@@ -48,7 +48,7 @@ def answers(question: Question, tell: Callable[[float], object]) -> tuple[Answer
     with ProcessPoolExecutor(processes, context, _share, (shared,)) as pool:
         waiting = [pool.submit(_answer, question, i) for i in range(len(WAYS))]
         while wait(waiting, timeout=0.2).not_done:
-            passed = [expected if one.done() else ticks for one, ticks in zip(waiting, shared, strict=True)]
+            passed = [expected if one.done() else ticks for one, ticks in zip(waiting, shared[:], strict=True)]
             show()
         parts, whole, packed = (one.result() for one in waiting)
     return parts, whole, packed

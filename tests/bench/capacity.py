@@ -1,7 +1,7 @@
 """What `mmllm plan serve` goes by, measured on real Ray Serve, and whether what it predicts comes true there.
 
     python -m tests.bench.capacity measure --bundle FOLDER [--way packed] [--out times.yaml]
-    python -m tests.bench.capacity compare --bundle FOLDER --times times.yaml [--way packed] [--rps 1.5] [--seconds 150]
+    python -m tests.bench.capacity compare --bundle FOLDER --times times.yaml [--way packed] [--rps 1] [--seconds 150]
     python -m tests.bench.capacity check --bundle FOLDER [--way packed]    # both, on one service
     python -m tests.bench.capacity speed
 
@@ -41,9 +41,9 @@ from tests.serve_apps.conftest import Service
 ALLOWED = 0.25
 ALL = ("all", *KINDS)
 FIXED = dict.fromkeys(("clip.autoscaling", "whisper.autoscaling", "phi.autoscaling"))
-ANSWER = 24
+ANSWER = 8
 """Tokens: short, for many requests to be asked within minutes."""
-RPS = 1.5
+RPS = 1.0
 """Where models have a core."""
 
 
