@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +39,8 @@ def plan_serve(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say what serving a load takes, by simulation: replicas, GPUs, cost, first token's p95, what scaling saves."""
-    from cluster.capacity.answer import Question, answer
+    from cluster.capacity.answer import Question
+    from cluster.capacity.answers import answers
     from cluster.capacity.prices import Prices, load_prices
     from cluster.capacity.service_times import load_service_times
     from cluster.capacity.shown import complaint, print_answers, values
@@ -61,7 +64,8 @@ def plan_serve(
         parse_slo(slo) if slo is not None else None,
         max_replicas,
     )
-    parts, whole, packed = answer(question), answer(question, "whole"), answer(question, "packed")
+    with _bar(f"simulating {question.trace.seconds / 3600:.3g} hours, three ways to scale") as tell:
+        parts, whole, packed = answers(question, tell)
     if plot:
         from cluster.capacity.plot import plot as draw
 
@@ -72,6 +76,18 @@ def plan_serve(
         print_answers(parts, whole, packed)
     if wrong := complaint(parts):
         raise ConfigError(wrong)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[float], object]]:
+    """A bar for who looks at a terminal; what is printed may be piped meanwhile."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("  {task.description}"), BarColumn(bar_width=30), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=1.0)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _roomy(overrides: dict[str, Any], max_replicas: int) -> dict[str, Any]:

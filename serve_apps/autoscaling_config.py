@@ -53,7 +53,11 @@ class WorkAutoscaling(Autoscaling):
     unit: ClassVar[str]
 
     tolerance: float = Field(default=0.1, ge=0, lt=1)
-    """Share of the target that must stay free when replicas end, so that little does not swing their number."""
+    """Share of the target that must stay free when replicas end, so that their number does not swing.
+
+    What is left should be below what a replica holds under a load that it just carries while nothing waits: of clips
+    that are heard one at a time, one.
+    """
 
     @property
     def target(self) -> float:

@@ -4,7 +4,7 @@ In: a load, a config, service times, prices. Out: an `Answer`. Where seconds are
 shares of the config's targets with which they are kept. Does not know how an answer is shown.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -14,15 +14,21 @@ from cluster.capacity.changed_config import with_bounds, with_targets
 from cluster.capacity.outcome import Outcome, quantile
 from cluster.capacity.prices import CPU, Prices
 from cluster.capacity.service_times import Hardware, ServiceTimes
-from cluster.capacity.simulation import LONGEST_TICK_S, PARTS, TICK_S, Shape, Simulation, Way
+from cluster.capacity.simulation import PARTS, TICK_S, Shape, Simulation, Tell, Way
 from cluster.capacity.traces import KINDS, Trace
 from cluster.modalities import FIELDS
 from mmllm_core.errors import ConfigError
 from serve_apps.config import ServeConfig
 
 TARGET_SHARES = (1.0, 0.5, 0.25, 0.12)
-SEARCH_TICKS = 4_000
-"""Of a trace, while shares are looked for; what is found is then simulated as finely as anything."""
+SEARCH_TICKS = 2_000
+"""Of a trace, while shares are looked for, or more where they would be longer than `SEARCH_TICK_S`; what is found is
+then simulated as finely as anything."""
+SEARCH_TICK_S = 2.0
+SEARCH_DAY_S = 4_000.0
+"""In which a day passes meanwhile: its rates change slowly beside all that replicas wait for, even so."""
+_FINALS = 2
+"""Of what is found, the best that are simulated in full, until one keeps the promise there too."""
 PROMISED = 0.95
 """Share of requests that a promise is about."""
 
@@ -113,8 +119,43 @@ def replica_hardware(times: ServiceTimes, way: Way) -> dict[str, Hardware]:
     return hardware | {"vision": Hardware(), "audio": Hardware(), "text": together}
 
 
-def answer(question: Question, way: Way = "apart") -> Answer:
+def answer(question: Question, way: Way = "apart", tell: Tell = lambda n: None) -> Answer:
     """Simulate by the config's own targets, or if seconds are promised by the cheapest with which they are kept.
+
+    Args:
+        tell: as `Simulation.run`; of about `expected_ticks`.
+
+    Raises:
+        ConfigError: as `require_answerable`.
+    """
+    require_answerable(question, way)
+    plain = dict.fromkeys(PARTS, 1.0)
+    if question.ttft_s is None or not question.scaled:
+        return _simulated(question, way, plain, tell)
+    best: Answer | None = None
+    for shares in _cheapest(question, way, tell)[:_FINALS]:
+        found = _simulated(question, way, shares, tell)
+        best = found if best is None else min(best, found, key=_rank)
+        if found.keeps:
+            break
+    assert best is not None
+    return best
+
+
+def expected_ticks(question: Question) -> int:
+    """That are simulated for an answer, at most or nearly."""
+    full = _simulation(question, "apart", dict.fromkeys(PARTS, 1.0)).n_ticks
+    if question.ttft_s is None or not question.scaled:
+        return full
+    tries = 1 + len(question.scaled) * (len(TARGET_SHARES) - 1)
+    return (
+        full
+        + tries * _simulation(_searched(question), "apart", dict.fromkeys(PARTS, 1.0), _search_tick_s(question)).n_ticks
+    )
+
+
+def require_answerable(question: Question, way: Way) -> None:
+    """See before anything is simulated whether it can be.
 
     Raises:
         ConfigError: the config scales some deployments and not others, and nothing whole can be made of that.
@@ -126,11 +167,6 @@ def answer(question: Question, way: Way = "apart") -> Answer:
             "to be compared with one deployment that is scaled whole"
         )
     _require_reachable(question)
-    plain = _simulated(question, way, dict.fromkeys(PARTS, 1.0))
-    if question.ttft_s is None or not question.scaled or (plain.capped and not plain.keeps):
-        return plain  # less of a target would ask for more replicas than there may be
-    shares = _cheapest(question, way)
-    return plain if shares == plain.target_shares else min(plain, _simulated(question, way, shares), key=_rank)
 
 
 def saving(parts: Answer, whole: Answer) -> tuple[float, str]:
@@ -149,28 +185,52 @@ def alone_s(question: Question) -> dict[str, float]:
     return dict(zip(KINDS, simulation.alone_s().tolist(), strict=True))
 
 
-def _simulated(question: Question, way: Way, shares: dict[str, float], tick_s: float | None = None) -> Answer:
+def _simulation(question: Question, way: Way, shares: dict[str, float], tick_s: float | None = None) -> Simulation:
     config = with_targets(with_bounds(question.config, question.max_replicas), shares)
-    outcome = Simulation(config, question.times, question.trace, question.shape, way=way, tick_s=tick_s).run()
-    return Answer(question, way, outcome, shares)
+    return Simulation(config, question.times, question.trace, question.shape, way=way, tick_s=tick_s)
 
 
-def _cheapest(question: Question, way: Way) -> dict[str, float]:
+def _simulated(
+    question: Question, way: Way, shares: dict[str, float], tell: Tell, tick_s: float | None = None
+) -> Answer:
+    return Answer(question, way, _simulation(question, way, shares, tick_s).run(tell), shares)
+
+
+def _searched(question: Question) -> Question:
+    """What is asked while shares are looked for: a day passes sooner."""
+    trace = question.trace
+    seconds = min(trace.seconds, SEARCH_DAY_S) if trace.name == "daily" else trace.seconds
+    return replace(question, trace=replace(trace, seconds=seconds))
+
+
+def _search_tick_s(question: Question) -> float:
+    return max(TICK_S, min(SEARCH_TICK_S, _searched(question).trace.seconds / SEARCH_TICKS))
+
+
+def _cheapest(question: Question, way: Way, tell: Tell) -> list[dict[str, float]]:
     """Shares of the targets with which the promise is kept at the least cost, looked for modality by modality.
 
     Less of a target may be cheaper too: replicas that let much wait are ended when nothing waits, and then missed.
+
+    Returns:
+        All that were tried, the best first; the config's own targets alone, if they take more replicas than there may
+        be and less of them would ask for more.
     """
-    tick_s = max(TICK_S, min(LONGEST_TICK_S, question.trace.seconds / SEARCH_TICKS))
-    best = _simulated(question, way, dict.fromkeys(PARTS, 1.0), tick_s)
+    searched, tick_s = _searched(question), _search_tick_s(question)
+    best = _simulated(searched, way, dict.fromkeys(PARTS, 1.0), tell, tick_s)
+    if best.capped and not best.keeps:
+        return [best.target_shares]
+    all_tried = [best]
     for name in reversed(question.scaled):  # the LM decides most
         worse = 0
         for share in TARGET_SHARES[1:]:
-            tried = _simulated(question, way, best.target_shares | {name: share}, tick_s)
+            tried = _simulated(searched, way, best.target_shares | {name: share}, tell, tick_s)
             worse = 0 if _rank(tried) < _rank(best) else worse + 1
+            all_tried.append(tried)
             best = min(best, tried, key=_rank)
             if worse == 2:
                 break
-    return best.target_shares
+    return [tried.target_shares for tried in sorted(all_tried, key=_rank)]
 
 
 def _rank(found: Answer) -> tuple[float, float]:

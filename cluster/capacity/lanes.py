@@ -33,34 +33,37 @@ def route(chance: np.random.Generator, load: Floats, n: int) -> Lanes:
         room = np.clip((n + load.sum()) / n_lanes - load, 0, None)
         ends = np.cumsum(room) * (n / room.sum())
         return np.minimum(np.searchsorted(ends, np.arange(n) + chance.random()), n_lanes - 1)
-    held, chosen, lot = load.copy(), [], max(1, n_lanes // _CHUNKS)
+    one = chance.integers(0, n_lanes, n)
+    other = (one + chance.integers(1, n_lanes, n)) % n_lanes
+    lot = max(1, n_lanes // _CHUNKS)
+    if n <= lot:
+        return np.where(load[one] <= load[other], one, other)
+    held, chosen = load.copy(), np.empty(n, np.int64)
     for begin in range(0, n, lot):
-        size = min(lot, n - begin)
-        one = chance.integers(0, n_lanes, size)
-        other = (one + chance.integers(1, n_lanes, size)) % n_lanes
-        picked = np.where(held[one] <= held[other], one, other)
-        chosen.append(picked)
-        if begin + lot < n:
-            held += np.bincount(picked, minlength=n_lanes)
-    return np.concatenate(chosen)
+        some, others = one[begin : begin + lot], other[begin : begin + lot]
+        picked = np.where(held[some] <= held[others], some, others)
+        chosen[begin : begin + lot] = picked
+        held += np.bincount(picked, minlength=n_lanes)
+    return chosen
 
 
-def hidden_wait(rate: Floats, seconds: Floats | float, tick_s: float) -> Floats:
+def hidden_wait(rate: Floats, seconds: float, tick_s: float) -> Floats:
     """Mean seconds that arrivals of one tick wait for each other, where a tick is long.
 
     The mean wait of an M/D/1 queue (Pollaczek and Khinchine), as much of it as builds up within a tick.
     """
+    hidden = _hidden_share(tick_s, seconds)
+    if not hidden or not seconds:  # a tick shorter than a request is told in full by the backlog
+        return np.zeros_like(rate)
     busy = np.minimum(rate * seconds, 0.98)
-    settles = seconds / (1 - np.sqrt(busy)) ** 2
-    share = np.where(settles > 0, -np.expm1(-tick_s / np.maximum(settles, 1e-12)), 0.0)
-    # A tick shorter than a request is told in full by the backlog.
-    waits: Floats = share * _hidden_share(tick_s, seconds) * busy * seconds / (2 * (1 - busy))
+    settled: Floats = -np.expm1(-tick_s / seconds * (1 - np.sqrt(busy)) ** 2)
+    waits: Floats = settled * busy * (hidden * seconds / 2) / (1 - busy)
     return waits
 
 
-def _hidden_share(tick_s: float, seconds: Floats | float) -> Floats | float:
+def _hidden_share(tick_s: float, seconds: float) -> float:
     """How much of a queue is hidden within a tick: nothing of it while a tick is shorter than a request."""
-    return np.clip(1 - np.asarray(seconds) / tick_s, 0, 1)
+    return min(1.0, max(0.0, 1 - seconds / tick_s))
 
 
 @dataclass(slots=True)
@@ -186,6 +189,9 @@ class QueueLanes:
             Requests that are told and were taken, with seconds until they are done, and how many of all were done.
         """
         n_lanes = len(self.backlog)
+        if n_lanes and not n and not self.callers.queued and not self.backlog.any():
+            self.busy = self._hidden = 0.0
+            return [], 0
         tick_s = tick_s * speed
         load = self._load()
         # What a lane ends within a long tick makes room within it.
@@ -198,19 +204,21 @@ class QueueLanes:
         took = np.bincount(lanes, minlength=n_lanes)
         within = hidden_wait(took / tick_s, self.alone_s, tick_s)  # (n_lanes,)
         if going:
-            some = lanes[chance.integers(0, len(lanes), len(going))] if sent else np.zeros(len(going), np.int64)
+            some = lanes[chance.integers(0, sent, len(going))] if sent else np.zeros(len(going), np.int64)
             at = chance.random(len(going))
             ahead = (np.maximum(1, took[some]) - 1) * self.alone_s - tick_s
             until = np.maximum(0, self.backlog[some] + at * ahead) + self.alone_s
             until = until / self._speed(until) + chance.exponential(1, len(going)) * within[some]
             for request, seconds in zip(going, until.tolist(), strict=True):
                 request.seconds += seconds / speed
-        self._hidden = float((took / tick_s * (within + self.alone_s)).sum() * _hidden_share(tick_s, self.alone_s))
+        hidden = _hidden_share(tick_s, self.alone_s) / tick_s
+        self._hidden = float(took @ (within + self.alone_s)) * hidden
         self.backlog += took * self.alone_s
         most = tick_s * self._speed(self.backlog)
         left = np.maximum(0, self.backlog - most)
-        self.busy = float(((self.backlog - left) / most).mean())
-        self._done += float((self.backlog - left).sum()) / self.alone_s
+        ended = self.backlog - left
+        self.busy = float((ended / most).sum()) / n_lanes
+        self._done += float(ended.sum()) / self.alone_s
         self.backlog = left
         done = int(self._done + 1e-9)
         self._done -= done
@@ -224,5 +232,5 @@ class QueueLanes:
         """How many times as fast as one by one a lane works."""
         if self.batch <= 1 or not self.shared_s:
             return np.ones_like(backlog)
-        together = np.clip(backlog / self.alone_s, 1, self.batch)
+        together = np.minimum(np.maximum(backlog / self.alone_s, 1), self.batch)
         return together * self.alone_s / (self.shared_s + together * (self.alone_s - self.shared_s))

@@ -6,8 +6,9 @@ not on requests. `tests/cluster/capacity/event_by_event.py` follows every reques
 Does not know prices.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from cluster.capacity.outcome import Outcome, Record
 from cluster.capacity.scaling import Held, Scaler
 from cluster.capacity.service_times import ServiceTimes
 from cluster.capacity.traces import Trace
+from cluster.capacity.turns import share_in_turns
 from cluster.modalities import FIELDS, RESOURCES
 from serve_apps.admission import capacity
 from serve_apps.autoscaling import Targets
@@ -32,13 +34,16 @@ each with what it reserves for itself. `packed`: the same, and a replica's model
 largest reserves."""
 FINE_TICKS = 12_000
 """Of a trace, as long as none is longer than `LONGEST_TICK_S`, of which more would change results by some percent."""
-LONGEST_TICK_S = 2.0
+LONGEST_TICK_S = 4.0
 DRAIN_S = 3_600.0
 """After a trace, at most, for requests that still wait."""
 TICK_S = 0.1
 WARM_S = 300.0
-_TOLD = 8
-"""Requests of each kind that are told in a tick."""
+_TOLD = 60_000
+"""Requests of each kind that are told of a trace, at least, if so many come; no more than `_TOLD_AT_ONCE` in a tick."""
+_TOLD_AT_ONCE = 8
+_TELL_EVERY = 200
+Tell = Callable[[int], object]
 _INGRESS_USE = 0.7
 """Share of its time that an ingress replica may compute."""
 
@@ -80,6 +85,9 @@ class Simulation:
         self._way = way
         self._chance = np.random.default_rng(seed)
         self._tick_s = tick_s or max(TICK_S, min(trace.seconds / FINE_TICKS, LONGEST_TICK_S))
+        self._told = min(_TOLD_AT_ONCE, int(np.ceil(_TOLD * self._tick_s / trace.seconds)))
+        self._parts: dict[str, DeploymentConfig] = {name: getattr(config, field) for name, field in FIELDS.items()}
+        self._held_by_ingress = capacity(config)
         vision, audio, text = times.vision, times.audio, times.text
         self._vision = QueueLanes(
             vision.seconds_per_batch + vision.seconds_per_image * shape.images,
@@ -122,10 +130,19 @@ class Simulation:
         read = pieces * float(self._text.step_of(0.0)) + self._prompts * self._text.position_s
         return self._times.ingress.seconds_per_request + perceived + read
 
-    def run(self) -> Outcome:
-        """Simulate all of it, after a while in which replicas come to what the beginning needs."""
+    @property
+    def n_ticks(self) -> int:
+        """Of the trace."""
+        return int(np.ceil(self._trace.seconds / self._tick_s))
+
+    def run(self, tell: Tell = lambda n: None) -> Outcome:
+        """Simulate all of it, after a while in which replicas come to what the beginning needs.
+
+        Args:
+            tell: called now and then, with the ticks that have passed since.
+        """
         tick_s = self._tick_s
-        n_warm, n = int(WARM_S / max(tick_s, 0.25)), int(np.ceil(self._trace.seconds / tick_s))
+        n_warm, n = int(WARM_S / max(tick_s, 0.25)), self.n_ticks
         for scaler in self._scalers.values():
             scaler.hurry(True)
         calm = self._trace.rates(np.zeros(1))[0]
@@ -138,7 +155,9 @@ class Simulation:
         rates = self._trace.rates((np.arange(n) + 0.5) * tick_s)  # (n, 3)
         for tick, came in enumerate(self._chance.poisson(rates * tick_s)):
             self._tick(tick * tick_s, tick_s, came, record)
-            record.end(tick, rates[tick], self._counts(rates[tick]))
+            record.end(tick, rates[tick], self._counts(float(rates[tick].sum())))
+            if (tick + 1) % _TELL_EVERY == 0:
+                tell(_TELL_EVERY)
         self._drain(n * tick_s, record)
         return record.outcome()
 
@@ -165,7 +184,7 @@ class Simulation:
         together = self._together()
         found: dict[str, Scaler] = {}
         first: dict[str, int] = {}
-        for name, part in self._parts().items():
+        for name, part in self._parts.items():
             scaling = together or part.autoscaling
             targets = (
                 part.autoscaling.targets(part.max_ongoing_requests)  # type: ignore[attr-defined]
@@ -183,7 +202,7 @@ class Simulation:
 
     def _together(self) -> Autoscaling | None:
         """Delays and bounds of a deployment that is scaled whole: the LM's, with as many replicas as any part wants."""
-        scalings = [part.autoscaling for part in self._parts().values() if part.autoscaling]
+        scalings = [part.autoscaling for part in self._parts.values() if part.autoscaling]
         if self._way == "apart" or not self._config.phi.autoscaling:
             return None
         least = max(1, *(scaling.min_replicas for scaling in scalings))
@@ -196,26 +215,23 @@ class Simulation:
         busy = {"vision": self._vision.busy, "audio": self._audio.busy, "text": self._text.busy}
         on_gpu = {name: getattr(self._times, name).hardware.gpus > 0 for name in PARTS}
         return {
-            name: _share([busy[other] for other in PARTS if other != name and on_gpu[other] == on_gpu[name]])
+            name: share_in_turns([busy[other] for other in PARTS if other != name and on_gpu[other] == on_gpu[name]])
             for name in PARTS
         }
 
-    def _parts(self) -> dict[str, DeploymentConfig]:
-        return {name: getattr(self._config, field) for name, field in FIELDS.items()}
-
-    def _counts(self, rates: NDArray[np.float64]) -> dict[str, float]:
+    def _counts(self, rps: float) -> dict[str, float]:
         """Replicas that are paid for."""
         counts: dict[str, float] = {
             name: s.running + sum(n for _, n in s.starting) for name, s in self._scalers.items()
         }
-        counts["ingress"] = self._n_ingress(float(rates.sum()))
+        counts["ingress"] = self._n_ingress(rps)
         return counts
 
     def _n_ingress(self, rps: float) -> float:
         """As many as hold what the LM's replicas can, and compute no more than they should."""
         of_lm = self._scalers["text"].running * self._config.phi.max_ongoing_requests
         by_time = rps * self._times.ingress.seconds_per_request / _INGRESS_USE
-        return float(max(1, np.ceil(by_time), np.ceil(of_lm / capacity(self._config))))
+        return float(max(1, math.ceil(by_time), math.ceil(of_lm / self._held_by_ingress)))
 
     @property
     def _inside(self) -> float:
@@ -224,30 +240,31 @@ class Simulation:
     def _tick(self, now: float, tick_s: float, came: NDArray[np.int64], record: Record | None) -> None:
         """Let requests of each kind come, and time pass."""
         self._scale(now, tick_s)
-        n_ingress = self._n_ingress(float(came.sum()) / tick_s)
-        room = max(0.0, n_ingress * capacity(self._config) - self._inside) + self._text.turnover(tick_s)
-        let_in = came if came.sum() <= room else self._chance.binomial(came, room / came.sum())
-        entered = let_in.copy()
+        arrived = int(came.sum())
+        n_ingress = self._n_ingress(arrived / tick_s)
+        room = max(0.0, n_ingress * self._held_by_ingress - self._inside) + self._text.turnover(tick_s)
+        let_in = came if arrived <= room else self._chance.binomial(came, room / arrived)
+        entered = let_in.tolist()
         speeds = self._speeds()
-        told = self._telling(now, 0, int(entered[0])) if record else []
-        perceived = int(entered[0])
+        told = self._telling(now, 0, entered[0]) if record else []
+        perceived = entered[0]
         for kind, name, lanes in ((1, "vision", self._vision), (2, "audio", self._audio)):
-            entered[kind] = self._admitted(int(let_in[kind]), lanes, self._parts()[name], n_ingress, tick_s)
-            some = self._telling(now, kind, int(entered[kind])) if record else []
-            taken, done = lanes.advance(self._chance, now, tick_s, int(entered[kind]), some, speeds[name])
+            entered[kind] = self._admitted(entered[kind], lanes, self._parts[name], n_ingress, tick_s)
+            some = self._telling(now, kind, entered[kind]) if record else []
+            taken, done = lanes.advance(self._chance, now, tick_s, entered[kind], some, speeds[name])
             told, perceived = told + taken, perceived + done
         n = self._admitted(perceived, self._text, self._config.phi, n_ingress, tick_s)
         first = self._text.advance(self._chance, now, tick_s, n, told, speeds["text"])
         if record:
-            record.arrived += int(came.sum())
-            record.refused += int((came - entered).sum()) + perceived - n
+            record.arrived += arrived
+            record.refused += arrived - sum(entered) + perceived - n
             record.told += first
 
     def _telling(self, now: float, kind: int, n: int) -> list[Told]:
         """Some of `n` requests that enter, with what they take whatever waits."""
         more = (self._prompts[kind] - self._prompt) * self._times.text.seconds_per_position
         seconds = self._times.ingress.seconds_per_request + float(more)
-        some = min(n, _TOLD)
+        some = min(n, self._told)
         return [Told(now, kind, n / some, seconds) for _ in range(some)]
 
     @staticmethod
@@ -281,13 +298,3 @@ class Simulation:
         self._vision.resize(self._scalers["vision"].running)
         self._audio.resize(self._scalers["audio"].running)
         self._text.resize(self._scalers["text"].running)
-
-
-def _share(others: list[float]) -> float:
-    """Mean share of what is taken in turns, for one beside others that are busy so much of the time, each by chance."""
-    share = 0.0
-    for n in range(len(others) + 1):
-        for some in combinations(range(len(others)), n):
-            chances = (busy if i in some else 1 - busy for i, busy in enumerate(others))
-            share += float(np.prod(list(chances))) / (n + 1)
-    return share

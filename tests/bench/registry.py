@@ -16,7 +16,7 @@ import yaml
 
 TABLE = Path(__file__).with_name("benches.yaml")
 Sense = Literal["at least", "at most", "less than", "within"]
-NEEDS = frozenset({"bundle", "gpu", "vllm", "speech", "clear_refs"})
+NEEDS = frozenset({"bundle", "gpu", "vllm", "speech", "clear_refs", "root"})
 """What benches may need (`tests.bench.run.lack`)."""
 FORMATS = {
     "times": "{:.2f} x",

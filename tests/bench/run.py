@@ -110,6 +110,8 @@ class Run:
         if need == "speech":
             missing = [name for name in ("piper", "espeakng_loader", "whisper") if find_spec(name) is None]
             return f"packages are missing: {', '.join(missing)} (pip install -e '.[dev]')" if missing else None
+        if need == "root":
+            return None if os.geteuid() == 0 else "cores are limited by root alone"
         if need == "clear_refs":
             return None if os.access("/proc/self/clear_refs", os.W_OK) else "the kernel keeps no peak of memory here"
         raise ValueError(need)

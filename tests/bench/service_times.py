@@ -4,17 +4,14 @@ In: a bundle. Out: a YAML file of `cluster.capacity.service_times`. `python -m t
 """
 
 import asyncio
-import io
 import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from datetime import date
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -23,20 +20,18 @@ from typing import Any
 import httpx
 import numpy as np
 import yaml
-from numpy.typing import NDArray
-from PIL import Image
 
 from cluster.capacity.service_times import ServiceTimes
-from mmllm_core.audio import SAMPLE_RATE
+from cluster.capacity.simulation import Way
 from mmllm_core.bundle import Bundle
-from tests.serve_apps.conftest import Service, audio_part, data_uri, deploy, image_part, own_serve, wav
-from tests.spoken_sentences import recordings
+from tests.bench.caller import Asked, Caller, spoken_seconds
+from tests.bench.cpu_limits import limited, share_of_a_core
+from tests.serve_apps.conftest import Service, deploy, own_serve
 
-REPEATS = 7
+REPEATS = 5
 PACKAGES = ("ray", "torch", "transformers", "ctranslate2", "faster-whisper", "open-clip-torch", "numpy")
 TOKENS = 48
 """Of an answer, where answers are measured."""
-PAUSE_S = 0.7
 QUIET: dict[str, Any] = {
     "ui": False,
     "ingress.cache_bytes": 0,
@@ -52,79 +47,6 @@ AT_REST = {
 } | {"phi.autoscaling": None}
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One streamed answer."""
-
-    kind: str
-    first_s: float
-    whole_s: float
-    prompt_tokens: int
-
-
-class Caller:
-    """Asks a service for streamed answers of so many tokens, no two of them alike."""
-
-    def __init__(self, service: Service):
-        self._service = service
-        self._chance = np.random.default_rng(7)
-        self._number = 0
-
-    async def ask(self, client: httpx.AsyncClient, kind: str, content: Any, tokens: int) -> Asked:
-        """One answer.
-
-        Raises:
-            ConnectionError: the service refused.
-        """
-        body = {
-            **self._service.body(content, max_tokens=tokens, min_tokens=tokens, stream=True),
-            "stream_options": {"include_usage": True},
-        }
-        began, first, used = time.perf_counter(), 0.0, 0
-        async with client.stream("POST", f"{self._service.base_url}/v1/chat/completions", json=body) as reply:
-            if reply.status_code != 200:
-                raise ConnectionError(f"{reply.status_code}: {(await reply.aread()).decode()[:300]}")
-            async for line in reply.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                told = json.loads(line.removeprefix("data: "))
-                if "error" in told:
-                    raise ConnectionError(str(told["error"]))
-                if not first and any(choice["delta"].get("content") for choice in told["choices"]):
-                    first = time.perf_counter() - began
-                if told.get("usage"):
-                    used = told["usage"]["prompt_tokens"]
-        whole = time.perf_counter() - began
-        return Asked(kind, first or whole, whole, used)
-
-    def text(self, words: int = 12) -> str:
-        """A prompt that begins like no other, so that nothing of it was computed before."""
-        self._number += 1
-        return f"{self._number} of " + " ".join(self._chance.choice(WORDS, words))
-
-    def images(self, n: int = 1) -> list[Any]:
-        """Pictures of 640 x 480, JPEG, and a question."""
-        parts = []
-        for _ in range(n):
-            small = self._chance.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            stream = io.BytesIO()
-            Image.fromarray(small).resize((640, 480)).save(stream, "jpeg")
-            parts.append(image_part(data_uri(stream.getvalue(), "jpeg")))
-        return [*parts, {"type": "text", "text": self.text()}]
-
-    def sound(self, sentences: int = 1) -> list[Any]:
-        """A sentence, or several that differ, with a pause between them: what is repeated is heard twice over."""
-        self._number += 1
-        return [audio_part(wav(spoken(self._number, sentences))), {"type": "text", "text": self.text()}]
-
-    def content(self, kind: str) -> Any:
-        """A request of a kind, as `compare` sends it."""
-        return {"text": self.text, "image": self.images, "audio": self.sound}[kind]()
-
-
-WORDS = ["river", "stone", "cloud", "green", "market", "paper", "engine", "winter", "garden", "silver"]
-
-
 @contextmanager
 def serving(bundle: Path, overrides: dict[str, Any]) -> Iterator[tuple[Service, float]]:
     """A service of our own, and seconds until it was there."""
@@ -134,8 +56,12 @@ def serving(bundle: Path, overrides: dict[str, Any]) -> Iterator[tuple[Service, 
         yield service, time.perf_counter() - began
 
 
-async def measure(service: Service, start_s: float, kv_bytes: int) -> dict[str, Any]:
-    """Service times of everything, as values of `ServiceTimes`."""
+async def measure(service: Service, start_s: float, kv_bytes: int, way: Way, limits: ExitStack) -> dict[str, Any]:
+    """Service times of everything, as values of `ServiceTimes`.
+
+    Args:
+        way: in which models have cores once they have started; `limits` holds it.
+    """
     caller = Caller(service)
     async with httpx.AsyncClient(timeout=None) as client:
 
@@ -152,6 +78,7 @@ async def measure(service: Service, start_s: float, kv_bytes: int) -> dict[str, 
             await one(lambda words=words: caller.text(words), 8)
         cold_image, cold_sound = await one(caller.images), await one(caller.sound)
         told("cold", [cold_image.first_s, cold_sound.first_s])
+        limits.enter_context(limited(way))
 
         passing = median([await passed_on(client, service) for _ in range(6 * REPEATS)])
         told("passing", passing)
@@ -184,24 +111,24 @@ async def measure(service: Service, start_s: float, kv_bytes: int) -> dict[str, 
         heard = (median(a.prompt_tokens for a in sounds[4]) - plain) / lengths[4]
         told("sound", [per_clip, per_second, heard])
 
-    one_cpu = {"cpus": 1.0}
+    of_model = {"cpus": share_of_a_core() if way == "apart" else 1.0}
     return {
-        "ingress": {"hardware": one_cpu, "seconds_per_request": passing},
+        "ingress": {"hardware": {"cpus": 1.0}, "seconds_per_request": passing},
         "vision": {
-            "hardware": one_cpu,
+            "hardware": of_model,
             "start_seconds": cold_image.first_s - median(a.first_s for a in images[1]),
             "seconds_per_batch": max(0.0, per_batch),
             "seconds_per_image": per_image,
         },
         "audio": {
-            "hardware": one_cpu,
+            "hardware": of_model,
             "start_seconds": cold_sound.first_s - median(a.first_s for a in sounds[1]),
             "seconds_per_clip": max(0.0, per_clip),
             "seconds_per_second": max(0.0, per_second),
             "tokens_per_second": max(0.0, heard),
         },
         "text": {
-            "hardware": one_cpu,
+            "hardware": of_model,
             "start_seconds": start_s,
             "seconds_per_step": per_step,
             "seconds_per_answer": max(0.0, per_answer),
@@ -243,20 +170,6 @@ def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return float(offset), float(slope)
 
 
-def spoken(number: int, sentences: int) -> NDArray[np.float32]:
-    """Samples (n,) of so many sentences that follow each other, from the `number`-th on."""
-    chosen = [recordings()[(number + i) % len(recordings())] for i in range(sentences)]
-    pause = np.zeros(int(PAUSE_S * SAMPLE_RATE), np.float32)
-    return np.concatenate([part for one in chosen for part in (one, pause)][:-1])
-
-
-@cache
-def spoken_seconds(sentences: int) -> float:
-    """Of so many sentences, on average."""
-    one = sum(len(recording) for recording in recordings()) / len(recordings()) / SAMPLE_RATE
-    return sentences * (one + PAUSE_S) - PAUSE_S
-
-
 def rounded(values: Any) -> Any:
     """Floats to four digits that count."""
     if isinstance(values, dict):
@@ -266,25 +179,28 @@ def rounded(values: Any) -> Any:
     return float(f"{values:.4g}") if isinstance(values, float) else values
 
 
-def run_measure(bundle: Path, out: Path) -> None:
-    """Measure and write."""
+@contextmanager
+def measured(bundle: Path, way: Way, out: Path) -> Iterator[tuple[Service, ServiceTimes]]:
+    """A service whose times were measured and written, and which still has its cores in that way."""
     opened = Bundle.open(bundle)
     kv_bytes = kv_bytes_per_token(opened)
-    with serving(bundle, AT_REST) as (service, start_s):
-        values = provenance(opened) | rounded(asyncio.run(measure(service, start_s, kv_bytes)))
-    ServiceTimes.model_validate(values)
-    out.write_text(yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
-    print(out.read_text(encoding="utf-8"))
+    with serving(bundle, AT_REST) as (service, start_s), ExitStack() as limits:
+        values = rounded(asyncio.run(measure(service, start_s, kv_bytes, way, limits)))
+        values = provenance(opened, values["text"]["hardware"]["cpus"]) | values
+        times = ServiceTimes.model_validate(values)
+        out.write_text(yaml.safe_dump(values, sort_keys=False, width=120), encoding="utf-8")
+        print(out.read_text(encoding="utf-8"))
+        yield service, times
 
 
-def provenance(bundle: Bundle) -> dict[str, Any]:
+def provenance(bundle: Bundle, cpus: float) -> dict[str, Any]:
     """What was measured, where, when, and with which versions."""
     profile = bundle.profile
     models = ", ".join(part.origin.name for part in (profile.vision, profile.audio, profile.language))
     cores = len(os.sched_getaffinity(0))
     return {
         "origin": "measured",
-        "where": f"{models}; a thread for each model on {cores} cores of {cpu_name()}, {date.today()}",
+        "where": f"{models}; a thread for each model, on {cpus:g} of {cores} cores of {cpu_name()}, {date.today()}",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
 
