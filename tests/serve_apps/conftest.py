@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import openai
@@ -80,31 +80,36 @@ def serve_port() -> Iterator[int]:
 
 
 @contextmanager
-def own_serve(host: str = "127.0.0.1", num_cpus: int = 2) -> Iterator[int]:
+def own_serve(
+    host: str = "127.0.0.1", num_cpus: int = 2, proxy: Literal["serve", "haproxy"] = "serve"
+) -> Iterator[int]:
     """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
     import ray
     from ray import serve
 
-    from serve_apps.proxy import PROXY_ENVIRONMENT
+    from serve_apps.config import HttpConfig
+    from serve_apps.haproxy import proxies_of
 
-    os.environ.update(PROXY_ENVIRONMENT)
     port = free_port()
-    ray.init(
-        address="local",  # never somebody else's cluster
-        num_cpus=num_cpus,
-        resources={"vision": 8, "audio": 8, "text": 8},
-        object_store_memory=150_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    try:
-        serve.start(http_options={"host": host, "port": port})
-        yield port
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with proxies_of(HttpConfig(host=host, port=port, proxy=proxy), 300) as proxies, pytest.MonkeyPatch.context() as patch:
+        for name, value in proxies.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",  # never somebody else's cluster
+            num_cpus=num_cpus,
+            resources={"vision": 8, "audio": 8, "text": 8},
+            object_store_memory=150_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        try:
+            serve.start(http_options={"host": host, "port": port})
+            yield port
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 @pytest.fixture(scope="module")
