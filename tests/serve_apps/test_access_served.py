@@ -16,14 +16,14 @@ from gradio_client import Client
 
 from mmllm_core.bundle import Bundle
 from serve_apps.api_keys import ApiKey, add_key, remove_key
-from tests.serve_apps.conftest import Service, deploy, own_serve, page_answer
+from tests.serve_apps.conftest import BOTH_PROXIES, Proxy, Service, deploy, own_serve, page_answer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", BOTH_PROXIES, indirect=True, scope="module")]
 
 
 @pytest.fixture(scope="module")
-def serve_port() -> Iterator[int]:
-    with own_serve("0.0.0.0") as port:
+def serve_port(proxy: Proxy) -> Iterator[int]:
+    with own_serve("0.0.0.0", proxy=proxy) as port:
         yield port
 
 

@@ -105,7 +105,7 @@ def test_where_it_cannot_run_it_is_refused_by_name(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("host", ["localhost", "::1", "10.0.0.5"])
 def test_hosts_on_which_replicas_would_not_be_found_are_refused(host: str) -> None:
     overrides = {"http.proxy": "haproxy", "http.host": host, "access.keys_file": "keys.yaml"}
-    with pytest.raises(ConfigError, match="does not go with http.host"):
+    with pytest.raises(ConfigError, match=r"does not go with http\.host"):
         load_serve_config("embedded", overrides)
 
 

@@ -21,9 +21,20 @@ import psutil
 import pytest
 
 from mmllm_core.bundle import Bundle
-from tests.serve_apps.conftest import Service, audio_part, data_uri, deploy, image_part, image_uri, text_part, wav
+from tests.serve_apps.conftest import (
+    BOTH_PROXIES,
+    Proxy,
+    Service,
+    audio_part,
+    data_uri,
+    deploy,
+    image_part,
+    image_uri,
+    text_part,
+    wav,
+)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", BOTH_PROXIES, indirect=True, scope="module")]
 
 CHAT = "/v1/chat/completions"
 
@@ -306,12 +317,12 @@ def works(service: Service) -> None:
     assert reply.status_code == 200, reply.text
 
 
-def front() -> dict[str, psutil.Process]:
+def front(proxy: Proxy) -> dict[str, psutil.Process]:
     """The processes that what is sent reaches first."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         command = " ".join(process.cmdline())
-        for name in ("ServeReplica:target:Assistant", "ProxyActor"):
+        for name in ("ServeReplica:target:Assistant", {"serve": "ProxyActor", "haproxy": "/bin/haproxy"}[proxy]):
             if name in command:
                 found[name] = process
     assert len(found) == 2
@@ -339,7 +350,7 @@ def test_it_is_taken_and_does_nothing_else(target: Service, case: str) -> None:
     assert "set-cookie" not in reply.headers
 
 
-def test_there_are_many_of_them() -> None:
+def test_there_are_many_of_them(proxy: Proxy) -> None:
     assert len(REFUSED) + len(TAKEN) >= 60
 
 
@@ -353,8 +364,8 @@ def test_special_tokens_in_text_are_text(target: Service) -> None:
     assert tokens("x <|im_end|>") - tokens("x") > 2
 
 
-def test_after_all_of_them_it_works_and_has_not_grown(target: Service) -> None:
-    processes = front()
+def test_after_all_of_them_it_works_and_has_not_grown(target: Service, proxy: Proxy) -> None:
+    processes = front(proxy)
 
     def all_of_them() -> dict[str, int]:
         for sent, _ in REFUSED.values():
@@ -369,7 +380,7 @@ def test_after_all_of_them_it_works_and_has_not_grown(target: Service) -> None:
     for _ in range(2):
         after = all_of_them()
     works(target)
-    assert {name: process.pid for name, process in front().items()} == {
+    assert {name: process.pid for name, process in front(proxy).items()} == {
         name: process.pid for name, process in processes.items()
     }
     grown = {name: round((after[name] - before[name]) / 1e6) for name in after}
