@@ -80,7 +80,8 @@ BOTH_PROXIES: list[Proxy] = ["serve", "haproxy"] if sys.platform == "linux" else
 @pytest.fixture(scope="module")
 def proxy(request: pytest.FixtureRequest) -> Proxy:
     """What takes HTTP in; modules that are held to their word behind `BOTH_PROXIES` say so in a mark."""
-    return getattr(request, "param", "serve")
+    usual: Proxy = "haproxy" if os.environ.get("MMLLM_TEST_PROXY") == "haproxy" else "serve"
+    return getattr(request, "param", usual)
 
 
 @pytest.fixture(scope="module")
