@@ -118,7 +118,7 @@ def serve(
     opened = _bundle_for(profile, bundle)
     with ExitStack() as stack:
         with console.status(f"deploying CLIP, Whisper and Phi of '{opened.info.name}'"):
-            proxies = stack.enter_context(proxies_of(config.http, config.limits.request_timeout_s))
+            proxies = stack.enter_context(proxies_of(config.http, config.limits))
             stack.enter_context(local_ray(verbose=verbose, proxies=proxies))
             url = stack.enter_context(serving(opened, config))
         console.print(f"Chat page: {url}   API: {url}/v1   model: {opened.info.name}   Ctrl-C ends all of it.")

@@ -13,12 +13,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmllm_core.errors import ConfigError, EnvironmentLack
 from serve_apps import haproxy_start
 from serve_apps.haproxy_start import BINARY
+from serve_apps.limits import Limits
 from serve_apps.proxy import PROXY_ENVIRONMENT
 from serve_apps.ray_process import is_connected
 
@@ -51,11 +53,8 @@ HAPROXY_ENVIRONMENT = PROXY_ENVIRONMENT | {
 
 
 @contextmanager
-def proxies_of(http: "HttpConfig", request_timeout_s: float) -> Iterator[Mapping[str, str]]:
+def proxies_of(http: "HttpConfig", limits: Limits) -> Iterator[Mapping[str, str]]:
     """Environment variables for a Ray on this machine that is to serve HTTP so; it is to be ended in the block.
-
-    Args:
-        request_timeout_s: the longest that a request may take.
 
     Raises:
         EnvironmentLack: HAProxy is wanted, and it cannot run here.
@@ -79,7 +78,9 @@ def proxies_of(http: "HttpConfig", request_timeout_s: float) -> Iterator[Mapping
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
             # A worker that was replaced goes on with what it holds, for as long as a request may take.
-            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(request_timeout_s) + 10),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(ceil(limits.request_timeout_s) + 10),
+            # Of those who send nothing though they should; the service itself tells them first.
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(ceil(limits.body_timeout_s) + 5),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_EACH),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port(http.host)),

@@ -26,6 +26,7 @@ from mmllm_core.config import PathSource, Profile
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS, ClipEncoder
+from serve_apps.limits import Limits
 
 if TYPE_CHECKING:
     from gradio_client import Client
@@ -92,7 +93,9 @@ def serve_port(proxy: Proxy) -> Iterator[int]:
 
 
 @contextmanager
-def own_serve(host: str = "127.0.0.1", num_cpus: int = 2, proxy: Proxy = "serve") -> Iterator[int]:
+def own_serve(
+    host: str = "127.0.0.1", num_cpus: int = 2, proxy: Proxy = "serve", limits: Limits | None = None
+) -> Iterator[int]:
     """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
@@ -104,7 +107,7 @@ def own_serve(host: str = "127.0.0.1", num_cpus: int = 2, proxy: Proxy = "serve"
 
     port = free_port()
     with (
-        proxies_of(HttpConfig(host=host, port=port, proxy=proxy), 300) as proxies,
+        proxies_of(HttpConfig(host=host, port=port, proxy=proxy), limits or Limits()) as proxies,
         pytest.MonkeyPatch.context() as patch,
     ):
         for name, value in proxies.items():

@@ -14,6 +14,7 @@ from serve_apps.config import HttpConfig
 from serve_apps.config_files import load_serve_config
 from serve_apps.haproxy import HAPROXY_ENVIRONMENT, haproxy_binary, proxies_of
 from serve_apps.haproxy_start import UnknownConfig, narrowed
+from serve_apps.limits import Limits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with Ray on Linux alone")
 
@@ -71,7 +72,7 @@ def test_a_config_of_another_shape_is_refused(tmp_path: Path, written: str, othe
 
 def test_files_are_for_this_user_and_this_run_alone() -> None:
     http = HttpConfig(proxy="haproxy")
-    with proxies_of(http, 40) as one, proxies_of(http, 50) as other:
+    with proxies_of(http, Limits(request_timeout_s=39.5)) as one, proxies_of(http, Limits()) as other:
         folders = [Path(found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]).parent for found in (one, other)]
         assert folders[0] != folders[1]
         assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o700, 0o700]
@@ -80,25 +81,25 @@ def test_files_are_for_this_user_and_this_run_alone() -> None:
         assert all(Path(value).is_relative_to(folders[0]) for value in paths.values())
         # Ray puts a node's id of 56 letters between, and HAProxy takes 97
         assert len(one["RAY_SERVE_HAPROXY_SOCKET_PATH"]) + 57 <= 97
-        assert [found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] for found in (one, other)] == ["50", "60"]
+        assert [found["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] for found in (one, other)] == ["50", "310"]
     assert not any(folder.exists() for folder in folders)
 
 
 def test_serves_own_proxy_is_asked_for_by_name() -> None:
-    with proxies_of(HttpConfig(), 40) as found:
+    with proxies_of(HttpConfig(), Limits()) as found:
         assert found["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
 
 
 def test_where_it_cannot_run_it_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     http = HttpConfig(proxy="haproxy")
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/nowhere/haproxy")
-    with pytest.raises(EnvironmentLack, match="there is no HAProxy"), proxies_of(http, 40):
+    with pytest.raises(EnvironmentLack, match="there is no HAProxy"), proxies_of(http, Limits()):
         pass
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(EnvironmentLack, match="runs on Linux alone"), proxies_of(http, 40):
+    with pytest.raises(EnvironmentLack, match="runs on Linux alone"), proxies_of(http, Limits()):
         pass
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    with pytest.raises(EnvironmentLack, match="unset RAY_ADDRESS"), proxies_of(http, 40):
+    with pytest.raises(EnvironmentLack, match="unset RAY_ADDRESS"), proxies_of(http, Limits()):
         pass
 
 
@@ -117,7 +118,7 @@ def test_a_ray_that_was_started_for_another_proxy_is_refused(monkeypatch: pytest
         haproxy.require_proxy(serves)
     with pytest.raises(ConfigError, match="RAY_SERVE_HAPROXY_METRICS_ENABLED"):
         haproxy.require_proxy(ours)
-    with proxies_of(ours.http, 40) as found:
+    with proxies_of(ours.http, Limits()) as found:
         for name, value in found.items():
             monkeypatch.setenv(name, value)
         haproxy.require_proxy(ours)

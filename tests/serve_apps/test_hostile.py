@@ -12,6 +12,7 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ import psutil
 import pytest
 
 from mmllm_core.bundle import Bundle
+from serve_apps.limits import Limits
 from tests.serve_apps.conftest import (
     BOTH_PROXIES,
     Proxy,
@@ -30,6 +32,7 @@ from tests.serve_apps.conftest import (
     deploy,
     image_part,
     image_uri,
+    own_serve,
     text_part,
     wav,
 )
@@ -37,12 +40,19 @@ from tests.serve_apps.conftest import (
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", BOTH_PROXIES, indirect=True, scope="module")]
 
 CHAT = "/v1/chat/completions"
+LIMITS = Limits(max_body_bytes=2_000_000, body_timeout_s=1.0)
+
+
+@pytest.fixture(scope="module")
+def serve_port(proxy: Proxy) -> Iterator[int]:
+    with own_serve(proxy=proxy, limits=LIMITS) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
 def target(bundle: Bundle, serve_port: int) -> Service:
-    overrides = {"http.port": serve_port, "limits.max_body_bytes": 2_000_000, "limits.body_timeout_s": 1.0}
-    return deploy(bundle, "target", "/", overrides)
+    limits = {f"limits.{name}": value for name, value in LIMITS.model_dump(exclude_defaults=True).items()}
+    return deploy(bundle, "target", "/", {"http.port": serve_port} | limits)
 
 
 def request(path: str = CHAT, body: Any = b"", method: str = "POST", **headers: Any) -> bytes:
@@ -217,7 +227,7 @@ REFUSED: dict[str, tuple[Any, set[int]]] = {
     "a websocket": (
         request(
             method="GET",
-            connection="Upgrade",
+            connection="close, Upgrade",
             upgrade="websocket",
             sec_websocket_version=13,
             sec_websocket_key=base64.b64encode(bytes(16)).decode(),
