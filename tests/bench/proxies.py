@@ -1,6 +1,6 @@
 """What HTTP and Serve take beside the bare engine, behind Serve's own proxy and behind HAProxy, in turns.
 
-    python -m tests.bench.proxies --bundle FOLDER [--rounds 3] [--requests 96]
+    python -m tests.bench.proxies --bundle FOLDER [--rounds 3] [--requests 48]
 
 Each round runs the bare engine, then `mmllm serve` behind each proxy, on streamed texts from 16 callers and then from
 one. Prints of each the tokens a second, the CPU seconds that a request takes (the callers' own are in the bare engine's
@@ -23,7 +23,7 @@ from tests.bench.serving import CALLERS, Told, bare_engine, mixed, running
 from tests.serve_apps.conftest import free_port
 
 PROXIES = ("serve", "haproxy")
-ONE_CALLERS = 24
+ONE_CALLERS = 12
 """Requests of the one caller."""
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--requests", type=int, default=48)
     arguments = parser.parse_args()
     if sys.platform != "linux":
         parser.error("HAProxy comes with Ray on Linux alone")
