@@ -78,8 +78,8 @@ def guard(app: FastAPI, config: "ServeConfig") -> None:
         ConfigError: the file of keys cannot be used, or there is none and others can reach the proxies, or these are
             not those that the config names.
     """
-    require_proxy(config)
     require_keys_unless_loopback(_served_on(), config.access)
+    require_proxy(config)
     ring = KeyRing(config.access.keys_file) if config.access.keys_file else None  # now, for middlewares are made later
     app.add_middleware(Door, config=config, ring=ring)
     if config.access.cors_origins:  # before the door: a browser asks beforehand, and without a key

@@ -80,7 +80,7 @@ def proxies_of(http: "HttpConfig", limits: Limits) -> Iterator[Mapping[str, str]
             # A worker that was replaced goes on with what it holds, for as long as a request may take.
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(ceil(limits.request_timeout_s) + 10),
             # Of those who send nothing though they should; the service itself tells them first.
-            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(ceil(limits.body_timeout_s) + 5),
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(ceil(limits.body_timeout_s) + 2),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _PORTS_EACH),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(_free_port(http.host)),
