@@ -103,20 +103,23 @@ def serve(
         str | None, typer.Option(help="Instead of the config's own; others than loopback need keys.")
     ] = None,
     keys: Annotated[Path | None, typer.Option(help="File of API keys, which callers need then.")] = None,
+    proxy: Annotated[str | None, typer.Option(help="Instead of the config's own: serve, or haproxy (Linux).")] = None,
     verbose: Verbose = False,
 ) -> None:
     """Serve a bundle: the API under /v1 and the chat page at /."""
     from cluster.local import local_ray
     from cluster.server import local_config, require_devices, require_free_port, serving, wait_for_ever
+    from serve_apps.haproxy import proxies_of
 
-    access = {"access.keys_file": str(keys_file(keys))} if keys else {}
-    config = local_config(profile, port, access | ({"http.host": host} if host else {}))
+    given = {"access.keys_file": keys and str(keys_file(keys)), "http.host": host, "http.proxy": proxy}
+    config = local_config(profile, port, {name: value for name, value in given.items() if value})
     require_free_port(config.http.host, config.http.port)
     require_devices(config)
     opened = _bundle_for(profile, bundle)
     with ExitStack() as stack:
         with console.status(f"deploying CLIP, Whisper and Phi of '{opened.info.name}'"):
-            stack.enter_context(local_ray(verbose=verbose))
+            proxies = stack.enter_context(proxies_of(config.http, config.limits))
+            stack.enter_context(local_ray(verbose=verbose, proxies=proxies))
             url = stack.enter_context(serving(opened, config))
         console.print(f"Chat page: {url}   API: {url}/v1   model: {opened.info.name}   Ctrl-C ends all of it.")
         wait_for_ever()

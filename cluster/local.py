@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, NoReturn
 
@@ -44,11 +44,14 @@ def quieten() -> None:
 
 
 @contextmanager
-def local_ray(*, verbose: bool = False) -> Iterator[None]:
+def local_ray(*, verbose: bool = False, proxies: Mapping[str, str] | None = None) -> Iterator[None]:
     """Run the block on a Ray that belongs to this process, or on the cluster that `RAY_ADDRESS` names.
 
     Ctrl-C and SIGTERM end the block; either way, what was started is ended. A Ray of our own asks for a token that
     `running_ray` finds.
+
+    Args:
+        proxies: environment variables of Serve's proxies on a Ray of our own (`serve_apps.haproxy.proxies_of`).
 
     Raises:
         EnvironmentLack: the cluster cannot be joined or has other packages than a submitted job was pinned to, or the
@@ -62,12 +65,12 @@ def local_ray(*, verbose: bool = False) -> Iterator[None]:
             if pins := os.environ.get(PINS):
                 require_pins(json.loads(pins))
         else:
-            stack.enter_context(_own_ray(verbose=verbose))
+            stack.enter_context(_own_ray(verbose, proxies))
         yield
 
 
 @contextmanager
-def _own_ray(*, verbose: bool) -> Iterator[None]:
+def _own_ray(verbose: bool, proxies: Mapping[str, str] | None) -> Iterator[None]:
     import ray
 
     from cluster.modalities import RESOURCES
@@ -75,7 +78,7 @@ def _own_ray(*, verbose: bool) -> Iterator[None]:
     from train_jobs.accelerators import usable_cores
 
     with ExitStack() as stack:
-        os.environ.update(PROXY_ENVIRONMENT)
+        os.environ.update(PROXY_ENVIRONMENT if proxies is None else proxies)
         # Ray asks for a token by default, and would share one of this user's in a file that others may read.
         publish = None if token_is_named() else stack.enter_context(recording())
         # Two CPUs at least: two workers then share the one core of a small machine, slowly.

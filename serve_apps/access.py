@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_apps.access_config import AccessConfig, is_loopback, require_keys_unless_loopback
 from serve_apps.api_keys import ApiKey, KeyRing
 from serve_apps.credentials import presented_key
+from serve_apps.haproxy import require_proxy
 from serve_apps.http_body import error_response
 from serve_apps.openai_replies import Failure
 from serve_apps.passage import GuardedBody, Passage
@@ -74,9 +75,11 @@ def guard(app: FastAPI, config: "ServeConfig") -> None:
     """Put the door before all routes of an app, which Serve's proxies have to listen for already.
 
     Raises:
-        ConfigError: the file of keys cannot be used, or there is none and others can reach the proxies.
+        ConfigError: the file of keys cannot be used, or there is none and others can reach the proxies, or these are
+            not those that the config names.
     """
     require_keys_unless_loopback(_served_on(), config.access)
+    require_proxy(config)
     ring = KeyRing(config.access.keys_file) if config.access.keys_file else None  # now, for middlewares are made later
     app.add_middleware(Door, config=config, ring=ring)
     if config.access.cors_origins:  # before the door: a browser asks beforehand, and without a key

@@ -261,6 +261,18 @@ class HttpConfig(StrictModel):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, gt=0, lt=65536)
+    proxy: Literal["serve", "haproxy"] = "serve"
+    """What takes requests in and hands them to ingress replicas: Ray Serve's own proxy, or the HAProxy that comes with
+    Ray on Linux, which takes less time for each. The latter is for the Ray that `mmllm serve` starts."""
+
+    @model_validator(mode="after")
+    def _haproxy_reaches_replicas(self) -> "HttpConfig":
+        if self.proxy == "haproxy" and self.host not in ("127.0.0.1", "0.0.0.0"):
+            raise ValueError(
+                f"http.proxy haproxy does not go with http.host {self.host}: replicas listen on that host too, and "
+                "HAProxy asks for them on 127.0.0.1: set host to 127.0.0.1 or 0.0.0.0, or proxy to serve"
+            )
+        return self
 
     @property
     def base_url(self) -> str:

@@ -141,6 +141,8 @@ def _service(manifest: Manifest, pods: dict[str, PodTemplate]) -> Iterator[str]:
         yield f"http_options.host {http['host']} is this pod alone: nobody would reach the service"
     if (http.get("host"), http.get("port", 8000)) != (config.http.host, config.http.port):
         yield "http_options and args.config.http name different hosts or ports"
+    if config.http.proxy != "serve":
+        yield f"args.config.http.proxy is {config.http.proxy}, which is for the Ray that 'mmllm serve' starts"
     for name, role in ROLES.items():
         if role.field is not None:
             if name not in pods:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serve_apps.builder import CLIP, INGRESS, PHI, WHISPER
-from tests.serve_apps.conftest import Service, build_tiny_bundle, deploy, own_serve, recorded_speech
+from tests.serve_apps.conftest import Proxy, Service, build_tiny_bundle, deploy, own_serve, recorded_speech
 from tests.serve_apps.faults import Ending, MixedLoad, kill_now_and_then, memory_mb, percentile
 
 BEHIND = [CLIP, WHISPER, PHI]
@@ -48,10 +48,10 @@ CONFIG: dict[str, Any] = {
 
 
 @contextmanager
-def service() -> Iterator[tuple[Service, Callable[..., Service]]]:
+def service(proxy: Proxy = "serve") -> Iterator[tuple[Service, Callable[..., Service]]]:
     """A service of our own, and what deploys it with other settings."""
     # As many CPUs as replicas ask for; two cores do for tiny models.
-    with tempfile.TemporaryDirectory() as folder, own_serve(num_cpus=16) as port:
+    with tempfile.TemporaryDirectory() as folder, own_serve(num_cpus=16, proxy=proxy) as port:
         bundle = build_tiny_bundle(Path(folder))
 
         def deploy_with(**overrides: Any) -> Service:

@@ -8,11 +8,12 @@ import io
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import openai
@@ -25,6 +26,7 @@ from mmllm_core.config import PathSource, Profile
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from mmllm_core.vision import CLIP_CONFIG, CLIP_WEIGHTS, ClipEncoder
+from serve_apps.limits import Limits
 
 if TYPE_CHECKING:
     from gradio_client import Client
@@ -72,39 +74,62 @@ class Service:
         return {"model": self.model, "messages": [{"role": "user", "content": content}], "max_tokens": 8} | fields
 
 
+Proxy = Literal["serve", "haproxy"]
+BOTH_PROXIES: list[Proxy] = ["serve", "haproxy"] if sys.platform == "linux" else ["serve"]
+SERVE_AND_LONG_HAPROXY = [
+    pytest.param(name, marks=pytest.mark.long if name == "haproxy" else ()) for name in BOTH_PROXIES
+]
+"""Of modules that take minutes."""
+
+
 @pytest.fixture(scope="module")
-def serve_port() -> Iterator[int]:
+def proxy(request: pytest.FixtureRequest) -> Proxy:
+    """What takes HTTP in; modules that are held to their word behind `BOTH_PROXIES` say so in a mark."""
+    usual: Proxy = "haproxy" if os.environ.get("MMLLM_TEST_PROXY") == "haproxy" else "serve"
+    return getattr(request, "param", usual)
+
+
+@pytest.fixture(scope="module")
+def serve_port(proxy: Proxy) -> Iterator[int]:
     """Ray and Serve of our own, whatever else runs on this machine."""
-    with own_serve() as port:
+    with own_serve(proxy=proxy) as port:
         yield port
 
 
 @contextmanager
-def own_serve(host: str = "127.0.0.1", num_cpus: int = 2) -> Iterator[int]:
+def own_serve(
+    host: str = "127.0.0.1", num_cpus: int = 2, proxy: Proxy = "serve", limits: Limits | None = None
+) -> Iterator[int]:
     """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
     import ray
     from ray import serve
 
-    from serve_apps.proxy import PROXY_ENVIRONMENT
+    from serve_apps.config import HttpConfig
+    from serve_apps.haproxy import proxies_of
 
-    os.environ.update(PROXY_ENVIRONMENT)
     port = free_port()
-    ray.init(
-        address="local",  # never somebody else's cluster
-        num_cpus=num_cpus,
-        resources={"vision": 8, "audio": 8, "text": 8},
-        object_store_memory=150_000_000,
-        include_dashboard=False,
-        log_to_driver=False,
-    )
-    try:
-        serve.start(http_options={"host": host, "port": port})
-        yield port
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+    with (
+        proxies_of(HttpConfig(host=host, port=port, proxy=proxy), limits or Limits()) as proxies,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in proxies.items():
+            patch.setenv(name, value)
+        ray.init(
+            address="local",  # never somebody else's cluster
+            num_cpus=num_cpus,
+            resources={"vision": 8, "audio": 8, "text": 8},
+            object_store_memory=150_000_000,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        try:
+            serve.start(http_options={"host": host, "port": port})
+            yield port
+        finally:
+            serve.shutdown()
+            ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -185,13 +210,15 @@ def free_port() -> int:
 
 
 def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) -> Service:
-    """Serve a bundle by the embedded config, changed as said."""
+    """Serve a bundle by the embedded config, changed as said, behind the proxy that Ray was started for."""
     from ray import serve
 
     from serve_apps.builder import build
     from serve_apps.config_files import load_serve_config
+    from serve_apps.haproxy import ENABLED
 
-    config = load_serve_config("embedded", overrides)
+    there = "haproxy" if os.environ.get(ENABLED) == "1" else "serve"
+    config = load_serve_config("embedded", {"http.proxy": there} | overrides)
     serve.run(build(config, bundle.folder), name=name, route_prefix=prefix)
     return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
 

@@ -16,14 +16,18 @@ from gradio_client import Client
 
 from mmllm_core.bundle import Bundle
 from serve_apps.api_keys import ApiKey, add_key, remove_key
-from tests.serve_apps.conftest import Service, deploy, own_serve, page_answer
+from serve_apps.limits import Limits
+from tests.serve_apps.conftest import BOTH_PROXIES, Proxy, Service, deploy, own_serve, page_answer
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", BOTH_PROXIES, indirect=True, scope="module")]
+
+
+LIMITS = Limits(body_timeout_s=1.5)
 
 
 @pytest.fixture(scope="module")
-def serve_port() -> Iterator[int]:
-    with own_serve("0.0.0.0") as port:
+def serve_port(proxy: Proxy) -> Iterator[int]:
+    with own_serve("0.0.0.0", proxy=proxy, limits=LIMITS) as port:
         yield port
 
 
@@ -48,7 +52,7 @@ def keyed(bundle: Bundle, serve_port: int, tmp_path_factory: pytest.TempPathFact
         "http.port": serve_port,
         "access.keys_file": str(file),
         "access.cors_origins": ["https://chat.example"],
-        "limits.body_timeout_s": 1.5,
+        "limits.body_timeout_s": LIMITS.body_timeout_s,
     }
     return Keyed(deploy(bundle, "keyed", "/", overrides), file)
 

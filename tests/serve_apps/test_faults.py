@@ -6,15 +6,19 @@ import pytest
 
 from serve_apps.builder import CLIP, PHI, WHISPER
 from tests.bench.chaos import kills, redeploy, service
+from tests.serve_apps.conftest import BOTH_PROXIES, Proxy
 from tests.serve_apps.faults import MixedLoad
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 
-def test_killed_replicas_and_a_redeploy_lose_nothing(speech: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("proxy", BOTH_PROXIES)
+def test_killed_replicas_and_a_redeploy_lose_nothing(
+    speech: bytes, monkeypatch: pytest.MonkeyPatch, proxy: Proxy
+) -> None:
     monkeypatch.setenv("MMLLM_HOME", "")  # so that it is put back: a home of the tiny bundle's own is set meanwhile
     monkeypatch.delenv("MMLLM_HOME")
-    with service() as (target, deploy_with):
+    with service(proxy) as (target, deploy_with):
         load = MixedLoad(target.base_url, target.model, speech)
         found = asyncio.run(kills(load, target.app_name, 150, [CLIP, WHISPER, PHI]))
         assert set(found["killed"]) == {CLIP, WHISPER, PHI}

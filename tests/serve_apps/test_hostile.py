@@ -12,6 +12,7 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +22,37 @@ import psutil
 import pytest
 
 from mmllm_core.bundle import Bundle
-from tests.serve_apps.conftest import Service, audio_part, data_uri, deploy, image_part, image_uri, text_part, wav
+from serve_apps.limits import Limits
+from tests.serve_apps.conftest import (
+    SERVE_AND_LONG_HAPROXY,
+    Proxy,
+    Service,
+    audio_part,
+    data_uri,
+    deploy,
+    image_part,
+    image_uri,
+    own_serve,
+    text_part,
+    wav,
+)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", SERVE_AND_LONG_HAPROXY, indirect=True, scope="module")]
 
 CHAT = "/v1/chat/completions"
+LIMITS = Limits(max_body_bytes=2_000_000, body_timeout_s=1.0)
+
+
+@pytest.fixture(scope="module")
+def serve_port(proxy: Proxy) -> Iterator[int]:
+    with own_serve(proxy=proxy, limits=LIMITS) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
 def target(bundle: Bundle, serve_port: int) -> Service:
-    overrides = {"http.port": serve_port, "limits.max_body_bytes": 2_000_000, "limits.body_timeout_s": 1.0}
-    return deploy(bundle, "target", "/", overrides)
+    limits = {f"limits.{name}": value for name, value in LIMITS.model_dump(exclude_defaults=True).items()}
+    return deploy(bundle, "target", "/", {"http.port": serve_port} | limits)
 
 
 def request(path: str = CHAT, body: Any = b"", method: str = "POST", **headers: Any) -> bytes:
@@ -206,7 +227,7 @@ REFUSED: dict[str, tuple[Any, set[int]]] = {
     "a websocket": (
         request(
             method="GET",
-            connection="Upgrade",
+            connection="close, Upgrade",
             upgrade="websocket",
             sec_websocket_version=13,
             sec_websocket_key=base64.b64encode(bytes(16)).decode(),
@@ -306,12 +327,12 @@ def works(service: Service) -> None:
     assert reply.status_code == 200, reply.text
 
 
-def front() -> dict[str, psutil.Process]:
+def front(proxy: Proxy) -> dict[str, psutil.Process]:
     """The processes that what is sent reaches first."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         command = " ".join(process.cmdline())
-        for name in ("ServeReplica:target:Assistant", "ProxyActor"):
+        for name in ("ServeReplica:target:Assistant", {"serve": "ProxyActor", "haproxy": "/bin/haproxy"}[proxy]):
             if name in command:
                 found[name] = process
     assert len(found) == 2
@@ -339,7 +360,7 @@ def test_it_is_taken_and_does_nothing_else(target: Service, case: str) -> None:
     assert "set-cookie" not in reply.headers
 
 
-def test_there_are_many_of_them() -> None:
+def test_there_are_many_of_them(proxy: Proxy) -> None:
     assert len(REFUSED) + len(TAKEN) >= 60
 
 
@@ -353,8 +374,8 @@ def test_special_tokens_in_text_are_text(target: Service) -> None:
     assert tokens("x <|im_end|>") - tokens("x") > 2
 
 
-def test_after_all_of_them_it_works_and_has_not_grown(target: Service) -> None:
-    processes = front()
+def test_after_all_of_them_it_works_and_has_not_grown(target: Service, proxy: Proxy) -> None:
+    processes = front(proxy)
 
     def all_of_them() -> dict[str, int]:
         for sent, _ in REFUSED.values():
@@ -369,7 +390,7 @@ def test_after_all_of_them_it_works_and_has_not_grown(target: Service) -> None:
     for _ in range(2):
         after = all_of_them()
     works(target)
-    assert {name: process.pid for name, process in front().items()} == {
+    assert {name: process.pid for name, process in front(proxy).items()} == {
         name: process.pid for name, process in processes.items()
     }
     grown = {name: round((after[name] - before[name]) / 1e6) for name in after}

@@ -13,9 +13,19 @@ import pytest
 from gradio_client import Client
 from pydantic import BaseModel
 
-from tests.serve_apps.conftest import Service, audio_part, data_uri, image_part, image_uri, page_answer, text_part, wav
+from tests.serve_apps.conftest import (
+    SERVE_AND_LONG_HAPROXY,
+    Service,
+    audio_part,
+    data_uri,
+    image_part,
+    image_uri,
+    page_answer,
+    text_part,
+    wav,
+)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", SERVE_AND_LONG_HAPROXY, indirect=True, scope="module")]
 
 SAID = "never do it for free"
 

@@ -7,7 +7,7 @@ import yaml
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.k8s.agreement import read_serve_config
+from cluster.k8s.agreement import agreement_findings, read_serve_config
 from cluster.k8s.render import overlays
 from cluster.modalities import RESOURCES, ROLES
 from mmllm_core.bundle import Bundle
@@ -56,7 +56,7 @@ def test_the_application_is_built_by_it(
 def _manifest(changes: dict[str, Any]) -> dict[str, Any]:
     config = load_serve_config("embedded").model_dump(mode="json") | changes
     serve = {
-        "http_options": {"host": config["http"]["host"], "port": config["http"]["port"]},
+        "http_options": {"host": config["http"]["host"], "port": config["http"].get("port", 8000)},
         "applications": [
             {"name": "mmllm", "import_path": "serve_apps.builder:app", "args": {"config": config, "bundle": "/b"}}
         ],
@@ -71,6 +71,11 @@ def test_a_config_within_a_manifest_is_the_same_as_by_its_name() -> None:
 def test_an_unknown_key_within_a_manifest_is_named() -> None:
     with pytest.raises(ConfigError, match=r"args\.config: unknown key 'trailing'"):
         read_serve_config(_manifest({"trailing": 1}))
+
+
+def test_a_proxy_that_pods_are_not_started_for_is_found() -> None:
+    manifest = _manifest({"http": {"host": "0.0.0.0", "proxy": "haproxy"}, "access": {"keys_file": "/k"}})
+    assert any("args.config.http.proxy is haproxy" in found.said for found in agreement_findings([manifest], []))
 
 
 @pytest.mark.parametrize("name", serve_config_names())
