@@ -83,10 +83,11 @@ def embed(
     """Put the CLIP features of a recipe's images into the feature store: exactly those that are missing."""
     from cluster.local import local_ray
     from mmllm_core.config import parse_overrides
-    from train_jobs.embed_images import EmbedOptions, embed_recipe
     from train_jobs.recipe import load_training_recipe
 
     loaded = load_training_recipe(recipe, parse_overrides(overrides or []))
+    from train_jobs.embed_images import EmbedOptions, embed_recipe
+
     with local_ray(verbose=verbose):
         done = embed_recipe(loaded, EmbedOptions(workers=workers, skip_broken=skip_broken, verify=check))
     for problem in done.broken:

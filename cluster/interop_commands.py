@@ -30,7 +30,6 @@ def import_llava_checkpoint(
 ) -> None:
     """Import a LLaVA checkpoint in Hugging Face format as a bundle."""
     from mmllm_core.bundle import bundles_folder
-    from mmllm_core.interop.llava import import_llava
     from mmllm_core.models.profile import load_profile
 
     chosen = load_profile(profile)
@@ -40,6 +39,8 @@ def import_llava_checkpoint(
         raise ConfigError(f"{bundles_folder() / name}: exists already: give another --name, or --replace")
     with console.status(f"importing {checkpoint}"):
         folder, source = _locate(checkpoint, revision)
+        from mmllm_core.interop.llava import import_llava
+
         bundle = import_llava(
             folder, profile=chosen, name=name, source=source, chat_template=template, make_latest=latest
         )
@@ -60,8 +61,6 @@ def export(
 ) -> None:
     """Write a bundle in a format that plain transformers opens, or as a bundle with its LM merged."""
     from mmllm_core.bundle import Bundle
-    from mmllm_core.interop.export import export_llava, export_merged_bundle, export_merged_lm
-    from mmllm_core.interop.push import ensure_repository, push_folder
 
     makes_bundle = format_ == "merged-bundle"
     if makes_bundle and out is not None:
@@ -69,6 +68,9 @@ def export(
     if not makes_bundle and (out is None or name is not None):
         raise ExportError(f"--format {format_}: say where to write with --out, and give no --name")
     opened = Bundle.open(bundle) if bundle else Bundle.latest()
+    from mmllm_core.interop.export import export_llava, export_merged_bundle, export_merged_lm
+    from mmllm_core.interop.push import ensure_repository, push_folder
+
     if push:
         ensure_repository(push, private=not public)
     with console.status(f"exporting '{opened.info.name}' as {format_}"):

@@ -70,11 +70,12 @@ def plan(
 ) -> None:
     """Say what RECIPE costs before it runs: memory of each worker, steps, tokens, hours, and what fits."""
     from mmllm_core.config import parse_overrides
-    from train_jobs.plan import MFU, PlanOptions
-    from train_jobs.plan import plan as make_plan
     from train_jobs.recipe import load_training_recipe
 
     loaded = load_training_recipe(recipe, parse_overrides(overrides or []))
+    from train_jobs.plan import MFU, PlanOptions
+    from train_jobs.plan import plan as make_plan
+
     options = PlanOptions(gpu, gpus or loaded.workers, mfu=MFU if mfu is None else mfu, lm_shape=lm_shape)
     made = make_plan(loaded, options)
     if as_json:

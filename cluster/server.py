@@ -59,10 +59,12 @@ def require_devices(config: ServeConfig) -> None:
     Raises:
         EnvironmentLack: a deployment wants CUDA and this machine has none.
     """
+    wanting = [name for name in ("clip", "whisper", "phi") if getattr(config, name).device == "cuda"]
+    if not wanting:
+        return
     import torch
 
-    wanting = [name for name in ("clip", "whisper", "phi") if getattr(config, name).device == "cuda"]
-    if wanting and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise EnvironmentLack(
             f"serve config '{config.name}' runs {', '.join(wanting)} on an NVIDIA GPU and this machine has none that "
             "torch can use: serve the 'embedded' profile here"

@@ -35,13 +35,14 @@ def evaluate_spoken(
     """Ask a bundle held-out questions typed and spoken, and say what hearing costs."""
     from mmllm_core.bundle import Bundle
     from mmllm_core.evaluation.speech_synthesis import require_speaker
-    from train_jobs.evaluate_spoken import SpokenOptions
-    from train_jobs.evaluate_spoken import evaluate_spoken as ask_aloud
 
     if save is not None:
         require_writable(save)
     require_speaker(speaker)
     opened = Bundle.open(bundle) if bundle else Bundle.latest()
+    from train_jobs.evaluate_spoken import SpokenOptions
+    from train_jobs.evaluate_spoken import evaluate_spoken as ask_aloud
+
     with local_ray(verbose=verbose):
         report = ask_aloud(opened, SpokenOptions(questions or None, speaker, workers, seed))
     if save is not None:

@@ -36,9 +36,6 @@ def train(
     """Train what RECIPE says; an equal run that was interrupted goes on from its last checkpoint."""
     from mmllm_core.config import ClipRecipe, parse_overrides
     from train_jobs.recipe import load_recipe
-    from train_jobs.train import resume as resume_run
-    from train_jobs.train import train as train_lm
-    from train_jobs.train_clip import train_clip
 
     items = list(overrides or [])
     if resume is not None and recipe is not None:
@@ -46,12 +43,18 @@ def train(
     options = {"workers": workers, "min_workers": min_workers, "gpus_per_worker": gpus_per_worker}
     changes: dict[str, Any] = parse_overrides(items) | {k: v for k, v in options.items() if v is not None}
     if resume is not None:
+        from train_jobs.train import resume as resume_run
+
         with local_ray(verbose=verbose):
             _print(resume_run(resume, changes))
         return
     if recipe is None:
         raise ConfigError("train: name a recipe such as embedded-instruct, or a run to go on with by --resume RUN")
     loaded = load_recipe(recipe, changes)
+    # After what can be wrong was found: Ray and torch take seconds.
+    from train_jobs.train import train as train_lm
+    from train_jobs.train_clip import train_clip
+
     with local_ray(verbose=verbose):
         if isinstance(loaded, ClipRecipe):
             console.print(train_clip(loaded))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from mmllm_core.conversation import ImagePart, Message, TextPart, render
 from mmllm_core.data.sample import Question
-from mmllm_core.evaluation.shared_prefix import Prompt, generate_about_images
 from mmllm_core.language import stop_token_ids
 
 if TYPE_CHECKING:
@@ -81,6 +80,8 @@ def answer_questions(
         features_of: features of an image file, float16 (n_patches, d_vision); asked once for each image.
         max_positions: bounds the size of batches, as in `generate_about_images`.
     """
+    from mmllm_core.evaluation.shared_prefix import Prompt, generate_about_images
+
     images = {path: number for number, path in enumerate(dict.fromkeys(q.image for q in questions))}
     features = [features_of(path) for path in images]
     prompts = []

@@ -57,6 +57,36 @@ def test_a_mistake_is_one_line_that_names_it(arguments: tuple[str, ...], named: 
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "no-such-recipe"),
+        ("embed", "no-such-recipe"),
+        ("plan", "no-such-recipe"),
+        ("evaluate", "--bundle", "/nowhere"),
+        ("export", "--format", "merged-lm", "--out", "x", "--bundle", "/nowhere"),
+        ("import", "llava", "/nowhere/at/all"),
+        ("serve", "--bundle", "/nowhere"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_told_before_torch_and_ray_are_loaded(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Which take seconds."""
+    script = (
+        "import sys\n"
+        "from cluster.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    print('loaded:', *{'torch', 'ray'} & set(sys.modules))\n"
+    )
+    environment = os.environ | {"MMLLM_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (1, "loaded:"), done.stderr
+
+
 @pytest.mark.parametrize("content", [b"name: [x\n", b"17", b"\xff\xfe"], ids=["not YAML", "a number", "not UTF-8"])
 def test_a_recipe_file_that_holds_no_recipe_is_one_line_that_names_it(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes(content)
