@@ -16,7 +16,7 @@ help:
 	@echo "make demo      train, serve and ask, on this machine (about 12 minutes the first time)"
 	@echo "make serve     serve the last bundle (PROFILE=phi: import an aligned LLaVA-Phi checkpoint, on a GPU)"
 	@echo "make doctor    what this machine has, and what each lack costs"
-	@echo "make test      run the tests (make test-fast: those without Ray and training; make test-long: those of minutes each;"
+	@echo "make test      run the tests (make test-fast: those of a moment; make test-long: those of minutes each;"
 	@echo "               make test-vllm: with vLLM's CPU build; make coverage: what they run of the code)"
 	@echo "make bench     measure, in 20 minutes, and write RESULTS.md (ARGS=--full: all of it, hours; make bench-gpu: a GPU)"
 	@echo "make lint      ruff, mypy, import-linter and vulture"
@@ -43,7 +43,7 @@ else
 endif
 
 test-fast: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "not slow and not long" $(SIDE) $(ARGS)
+	@$(BIN)/python -m pytest -m "not lengthy and not slow and not long" $(SIDE) $(ARGS)
 
 coverage: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not long" $(SIDE) $(ARGS)

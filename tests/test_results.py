@@ -226,6 +226,7 @@ runpy.run_module("tests.bench.gpu", run_name="__main__")
 """
 
 
+@pytest.mark.lengthy
 def test_the_gpu_bench_runs_with_little_more_than_torch() -> None:
     """On a CPU and in a tiny shape: that it runs, and that its arithmetic is the stated one."""
     lacking = "bitsandbytes,deepspeed,open_clip,PIL,psutil,pyarrow,pydantic,pydantic_core,ray,rich,typer,xgrammar"

@@ -95,6 +95,7 @@ def run(served: Served | None, *arguments: str, piped: str | bytes = b"") -> sub
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
+@pytest.mark.lengthy
 def test_what_is_piped_in_is_the_question_or_follows_it(served: Served) -> None:
     asked = run(served, "Hello there")
     assert (asked.returncode, asked.stderr) == (0, "")

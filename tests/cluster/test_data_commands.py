@@ -47,6 +47,7 @@ def write(tmp_path: Path, *rows: Any) -> str:
     return str(path)
 
 
+@pytest.mark.lengthy
 def test_a_clean_file_ends_with_0_and_shows_samples(tmp_path: Path, options: list[str]) -> None:
     done = run("lint", write(tmp_path, FINE), *options, "--show", "3")
     assert done.returncode == 0, done.stderr
@@ -55,6 +56,7 @@ def test_a_clean_file_ends_with_0_and_shows_samples(tmp_path: Path, options: lis
     assert "«Red.<|im_end|>»" in done.stdout
 
 
+@pytest.mark.lengthy
 def test_problems_end_with_1_and_name_kind_count_and_row(tmp_path: Path, options: list[str]) -> None:
     wrong = FINE | {"id": "r-2\udcff", "image": "none.png"}
     done = run("lint", write(tmp_path, FINE, wrong), *options)

@@ -17,6 +17,7 @@ def assert_one_line(done: Any, named: str) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.lengthy
 def test_what_is_imported_serves_as_a_bundle_and_exports_as_the_same_model(checkpoint: Any, tmp_path: Path) -> None:  # noqa: F811
     from transformers import AutoModelForImageTextToText
 

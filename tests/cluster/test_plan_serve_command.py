@@ -40,6 +40,7 @@ def gpu_times(folder: Path, gpu: str = "H100") -> Path:
     return file
 
 
+@pytest.mark.lengthy
 def test_a_load_is_answered_in_a_table_and_a_plot(tmp_path: Path) -> None:
     file = tmp_path / "plan.png"
     output, wrong = run("serve", "--rps", "1", "--plot", str(file), *SHORT)
@@ -73,6 +74,7 @@ def test_what_a_profile_says_may_be_changed() -> None:
     assert found["whole"]["replicas"]["audio"]["mean"] == pytest.approx(5, abs=0.1)
 
 
+@pytest.mark.lengthy
 def test_gpus_are_counted_and_priced_by_name(tmp_path: Path) -> None:
     file = gpu_times(tmp_path)
     output, _ = run("serve", "--rps", "1", "--times", str(file), *SHORT)
@@ -118,6 +120,7 @@ def test_a_mistake_is_named_with_what_to_do(arguments: tuple[str, ...], named: s
     assert re.search(named, str(wrong)), wrong
 
 
+@pytest.mark.lengthy
 def test_a_promise_that_is_not_kept_is_an_error_after_the_answer() -> None:
     output, wrong = run("serve", "--rps", "30", "--slo", "ttft=2", "--max-replicas", "2", *SHORT)
     assert "NOT kept" in output

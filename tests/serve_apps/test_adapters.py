@@ -104,6 +104,7 @@ def test_one_models_bundle_is_swapped_and_the_others_stay(fleet: Service, bundle
     assert [model.id for model in fleet.client().models.list()] == ["tiny", "poet", "clerk", "cook"]
 
 
+@pytest.mark.lengthy
 def test_bundles_that_cannot_share_are_refused_at_build(bundle: Bundle, others: dict[str, Bundle]) -> None:
     def refused(error: type[Exception], match: str, **adapters: Bundle) -> None:
         folders = {name: str(other.folder) for name, other in adapters.items()}

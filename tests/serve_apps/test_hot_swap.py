@@ -108,6 +108,7 @@ def test_a_bundle_that_cannot_be_loaded_leaves_the_service_as_it_is(
     assert say(swapped_service, "Hello") == before
 
 
+@pytest.mark.lengthy
 def test_an_answer_on_its_way_ends_by_the_bundle_that_it_began_with(bundle: Bundle, other: Bundle) -> None:
     async def swap() -> tuple[list[int], list[int], list[int]]:
         phi = PhiDeployment({"tiny": ServedBundle.of(bundle)}, CONFIG.phi)

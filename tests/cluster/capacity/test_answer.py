@@ -28,6 +28,7 @@ def plain(question: Question) -> Answer:
     return answer(question)
 
 
+@pytest.mark.lengthy
 def test_a_promise_that_the_configs_targets_miss_is_kept_by_lower_ones(question: Question, plain: Answer) -> None:
     least = alone_s(question)["audio"]
     slow = plain.outcome.ttft(0.95) or 0

@@ -66,6 +66,7 @@ def told(exact: EventByEvent, share: float, kind: int | None = None) -> float:
     [(0.6, (1, 1, 1)), (2.5, (1, 1, 2)), (6.0, (1, 2, 4))],
     ids=["one of each, calm", "two LMs", "four LMs, busy"],
 )
+@pytest.mark.lengthy
 def test_a_steady_load_is_told_as_event_by_event(
     rps: float, replicas: tuple[int, int, int], times: ServiceTimes
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_steady_load_is_told_as_event_by_event(
             assert found.ttft(share, name) == pytest.approx(told(exact, share, kind), rel=0.25)
 
 
+@pytest.mark.lengthy
 def test_a_burst_brings_the_replicas_that_it_brings_event_by_event(times: ServiceTimes) -> None:
     config = with_targets(scaled(), dict.fromkeys(PARTS, 0.5))
     trace = Trace("burst", 8.0, MIX, 900.0)
@@ -89,6 +91,7 @@ def test_a_burst_brings_the_replicas_that_it_brings_event_by_event(times: Servic
         assert predicted == pytest.approx(np.mean([told(exact, share) for _, exact in pairs]), rel=rel)
 
 
+@pytest.mark.lengthy
 def test_models_that_take_turns_are_told_as_event_by_event(times: ServiceTimes) -> None:
     trace = Trace("steady", 1.2, MIX, 1500.0)
     config = fixed(clip=2, whisper=2, phi=2)

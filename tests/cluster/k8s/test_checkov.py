@@ -78,6 +78,7 @@ def faulty(pod: dict[str, Any]) -> Manifest:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "faulty", "namespace": "default"}, "spec": spec}
 
 
+@pytest.mark.lengthy
 def test_nothing_that_checkov_finds_is_unexplained(rendered: Rendered, tmp_path: Path) -> None:
     checkov = os.environ.get("MMLLM_TEST_CHECKOV") or shutil.which("checkov")
     if checkov is None:

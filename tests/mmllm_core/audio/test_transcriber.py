@@ -85,6 +85,7 @@ def test_nothing_is_made_up_where_nobody_speaks(transcriber: Transcriber, kind: 
     assert (transcript.text, transcript.segments) == ("", ())
 
 
+@pytest.mark.lengthy
 def test_a_long_clip_has_every_word_of_its_parts_once(transcriber: Transcriber) -> None:
     clip = joined_recordings()
     assert clip.size > 60 * SAMPLE_RATE
@@ -122,6 +123,7 @@ def test_both_engines_hear_the_same(exact: Transcriber, reference: Transcriber, 
     assert [word.end for word in ours] == pytest.approx([word.end for word in theirs], abs=0.1)
 
 
+@pytest.mark.lengthy
 def test_windows_decoded_together_are_heard_as_alone(exact: Transcriber) -> None:
     alone = build(compute_type="float32", tail_seconds=None)
     clip = joined_recordings()
@@ -156,6 +158,7 @@ def test_nothing_is_lost_where_more_is_said_than_may_be_written(
 
 @pytest.mark.parametrize("engine", ["transcriber", "reference"])
 @pytest.mark.parametrize("prompt", ["", "x " * 5000], ids=["no prompt", "a long prompt"])
+@pytest.mark.lengthy
 def test_what_is_stopped_says_so(
     engine: str, prompt: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,7 @@ def test_counts_are_whole_and_examples_are_the_first(write: WriteFile, images: P
     assert [example.row for example in finding.examples] == list(range(1, EXAMPLES + 1))
 
 
+@pytest.mark.lengthy
 def test_worker_processes_find_what_one_process_finds(
     write: WriteFile, images: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def test_a_model_in_training_answers_too(tiny_lm: TinyLM) -> None:
 @pytest.mark.parametrize("max_positions", [1, 40, 90, 4096])
 @pytest.mark.parametrize("kind", sorted(CONNECTORS))
 @pytest.mark.parametrize("lm", ["llama", "phi", "phi3"])
+@pytest.mark.lengthy
 def test_tokens_are_those_of_generating_one_by_one(lm: str, kind: str, max_positions: int, tiny_lm: TinyLM) -> None:
     model = seeing(tiny_lm(lm), kind)
     asked = prompts(model.connector.n_tokens(5), lead=[1, 30, 31, 32])

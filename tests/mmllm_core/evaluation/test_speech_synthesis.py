@@ -59,6 +59,7 @@ def make_speaker(_voice: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make
 
 
 @pytest.mark.parametrize("name", SpeakerName)
+@pytest.mark.lengthy
 def test_a_clip_depends_on_its_text_and_key_alone(name: SpeakerName, make_speaker: MakeSpeaker) -> None:
     one, other = make_speaker(name), make_speaker(name)
     clips = {(text, key): one.speak(text, key) for text in TEXTS for key in ("a", "b", "c")}

@@ -92,6 +92,7 @@ def test_replies_are_the_lms_own_in_order(tiny_lm: TinyLM, tokenizer: Any) -> No
         assert reply == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.lengthy
 def test_without_its_adapter_a_model_measures_as_the_untuned_lm(tiny_lm: TinyLM, tokenizer: Any) -> None:
     untuned = measure(build(tiny_lm("llama")), tokenizer)
     model = tuned(tiny_lm("llama"))
@@ -123,6 +124,7 @@ def test_the_change_of_loss_is_relative_to_the_untuned_lm() -> None:
     assert untuned.score.right == 27
 
 
+@pytest.mark.lengthy
 def test_a_bundle_is_compared_with_the_lm_that_it_refers_to(make_bundle: Any) -> None:  # noqa: F811
     bundle = make_bundle("llama", template="chatml")
     found, untuned = compare(bundle)
@@ -132,6 +134,7 @@ def test_a_bundle_is_compared_with_the_lm_that_it_refers_to(make_bundle: Any) ->
     assert found.loss_per_token != untuned.loss_per_token
 
 
+@pytest.mark.lengthy
 def test_a_merged_bundle_is_compared_with_the_lm_of_its_recipes_profile(make_bundle: Any, tmp_path: Path) -> None:  # noqa: F811
     bundle = make_bundle("llama", template="chatml")
     path = tmp_path / "tiny.yaml"

@@ -180,6 +180,7 @@ def test_contents_as_plain_strings_render_as_the_bundles_template_does(make_bund
 
 
 @pytest.mark.parametrize("lm", ["phi3", "llama"])
+@pytest.mark.lengthy
 def test_greedy_text_equals_the_models_and_the_engines(lm: str, make_bundle: Any, tmp_path: Path) -> None:
     bundle = make_bundle(lm, quantization="nf4")
     model, processor = exported(bundle, tmp_path / "export")

@@ -110,6 +110,7 @@ def test_the_mounted_page_leaves_the_other_routes_alone_and_fetches_nothing_from
     assert httpx.get(f"{stand_in.url}/config").json()["analytics_enabled"] is False
 
 
+@pytest.mark.lengthy
 def test_a_conversation_streams_shows_what_was_heard_and_carries_its_history(
     stand_in: StandIn, picture: Path, recording: Path
 ) -> None:

@@ -162,6 +162,7 @@ def end_of_the_process_that_has_the_gpu(borrowed: ZeroGpuPhi) -> None:
     zero_gpu._loaded.cache_clear()
 
 
+@pytest.mark.lengthy
 def test_a_borrowed_gpu_gives_the_same_answer(bundle: Bundle, request: pytest.FixtureRequest) -> None:
     """`spaces.GPU` leaves a function as it is where no GPU is lent, as the stand-in here does."""
     config = load_serve_config("embedded", {"ui": False, "phi.kv_cache_bytes": 60_000_000})
