@@ -21,6 +21,7 @@ from mmllm_core.errors import ConfigError
 from serve_apps.config import ServeConfig
 
 TARGET_SHARES = (1.0, 0.5, 0.25, 0.12)
+_OWN_TARGETS = dict.fromkeys(PARTS, 1.0)
 SEARCH_TICKS = 2_000
 """Of a trace, while shares are looked for, or more where they would be longer than `SEARCH_TICK_S`; what is found is
 then simulated as finely as anything."""
@@ -129,9 +130,8 @@ def answer(question: Question, way: Way = "apart", tell: Tell = lambda n: None) 
         ConfigError: as `require_answerable`.
     """
     require_answerable(question, way)
-    plain = dict.fromkeys(PARTS, 1.0)
     if question.ttft_s is None or not question.scaled:
-        return _simulated(question, way, plain, tell)
+        return _simulated(question, way, _OWN_TARGETS, tell)
     best: Answer | None = None
     for shares in _cheapest(question, way, tell)[:_FINALS]:
         found = _simulated(question, way, shares, tell)
@@ -144,14 +144,11 @@ def answer(question: Question, way: Way = "apart", tell: Tell = lambda n: None) 
 
 def expected_ticks(question: Question) -> int:
     """That are simulated for an answer, at most or nearly."""
-    full = _simulation(question, "apart", dict.fromkeys(PARTS, 1.0)).n_ticks
+    full = _simulation(question, "apart", _OWN_TARGETS).n_ticks
     if question.ttft_s is None or not question.scaled:
         return full
     tries = 1 + len(question.scaled) * (len(TARGET_SHARES) - 1)
-    return (
-        full
-        + tries * _simulation(_searched(question), "apart", dict.fromkeys(PARTS, 1.0), _search_tick_s(question)).n_ticks
-    )
+    return full + tries * _simulation(_searched(question), "apart", _OWN_TARGETS, _search_tick_s(question)).n_ticks
 
 
 def require_answerable(question: Question, way: Way) -> None:
@@ -217,7 +214,7 @@ def _cheapest(question: Question, way: Way, tell: Tell) -> list[dict[str, float]
         be and less of them would ask for more.
     """
     searched, tick_s = _searched(question), _search_tick_s(question)
-    best = _simulated(searched, way, dict.fromkeys(PARTS, 1.0), tell, tick_s)
+    best = _simulated(searched, way, _OWN_TARGETS, tell, tick_s)
     if best.capped and not best.keeps:
         return [best.target_shares]
     all_tried = [best]
