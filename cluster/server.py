@@ -1,5 +1,6 @@
 """Run the assistant on this machine: one bundle, one Serve config, one URL."""
 
+import logging
 import socket
 import time
 from collections.abc import Iterator
@@ -84,6 +85,8 @@ def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
     from ray import serve
     from ray.serve.config import HTTPOptions
 
+    # Which has set a level of its own as it was imported, whatever was asked for before.
+    logging.getLogger("ray.serve").setLevel(logging.getLogger("ray").level)
     from serve_apps.api_keys import read_keys
     from serve_apps.builder import APP_NAME, build, logging_config
 
