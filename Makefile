@@ -8,8 +8,8 @@ PYTHON  ?= $(firstword $(foreach p,python3.11 python3.12 python3,$(if $(shell co
 BIN     := $(VENV)/bin
 GPU_PYTHON ?= python3
 VLLM    := $(VENV)-vllm
-# Tests of a file share what they start. Those that start Ray want the machine for themselves.
-SIDE    := --numprocesses $(JOBS) --dist loadfile
+# Tests of a file share what they start; each process computes with one thread, for there is one a core.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo serve doctor test test-fast test-long test-vllm coverage bench bench-gpu lint docs clean
 help:
@@ -36,18 +36,16 @@ doctor: install
 
 test: $(VENV)/.installed-dev
 ifeq ($(ARGS),)
-	@$(BIN)/python -m pytest -m "not slow and not long" $(SIDE)
-	@$(BIN)/python -m pytest -m "slow and not long"
+	@$(PYTEST) -m "not long"
 else
 	@$(BIN)/python -m pytest $(ARGS)
 endif
 
 test-fast: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -m "not lengthy and not slow and not long" $(SIDE) $(ARGS)
+	@$(PYTEST) -m "not lengthy and not slow and not long" $(ARGS)
 
 coverage: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest --cov --cov-report= -m "not slow and not long" $(SIDE) $(ARGS)
-	@$(BIN)/python -m pytest --cov --cov-append --cov-report=term:skip-covered --cov-report=html -m "slow and not long" $(ARGS)
+	@$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html -m "not long" $(ARGS)
 
 test-long: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m long $(ARGS)

@@ -4,6 +4,7 @@ Also the places in which a feature store can lie: a folder, memory, and a server
 """
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -63,6 +64,9 @@ CONTROL_TOKENS = (
 
 VOCABULARY = 400
 """Rows of every tiny LM's embeddings: more than the tokenizer uses."""
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; what tests start would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TinyLM = Callable[..., Any]
 MakeTokenizer = Callable[[str | None], Any]

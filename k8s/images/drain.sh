@@ -12,6 +12,8 @@ fi
 ray drain-node --address "${RAY_ADDRESS:-auto}" --node-id "$node" --reason DRAIN_NODE_REASON_PREEMPTION \
   --reason-message "the pod ends" --deadline-remaining-seconds "$limit" ||
   echo "drain.sh: Ray did not take the notice; waiting all the same" >&2
-while pgrep -f '[r]ay::(ServeReplica|ProxyActor|HAProxyManager)' >/dev/null && ((SECONDS < limit)); do
+looks=0 # one look may miss a process that starts, or writes its title
+while ((looks < 2 && SECONDS < limit)); do
+  if pgrep -f '[r]ay::(ServeReplica|ProxyActor|HAProxyManager)' >/dev/null; then looks=0; else looks=$((looks + 1)); fi
   sleep 1
 done

@@ -37,6 +37,7 @@ def make_engine(tokenizer: Any) -> Iterator[MakeEngine]:
         engine.shutdown()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "phi", "gpt2", "gemma2"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_mix_equals_generate(model_type: str, seed: int, tiny_lm: TinyLM, make_engine: MakeEngine) -> None:

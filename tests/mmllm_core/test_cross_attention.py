@@ -80,6 +80,7 @@ def test_text_alone_is_answered_as_by_the_text_model_whatever_was_trained(model:
     assert torch.equal(logits(model, ids, None), expected)
 
 
+@pytest.mark.lengthy
 def test_in_a_batch_each_row_sees_its_own_images(model: MultimodalLM) -> None:
     open_gates(model)
     ids = torch.tensor([[5, IMAGE, 7, 8], [4, 5, 6, 9], [IMAGE, 5, IMAGE, 6]])

@@ -200,6 +200,7 @@ def test_a_tower_is_not_saved_over_another_architecture(tiny_clip: MakeClip, tmp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "frozen lm"])
 @pytest.mark.parametrize("config", CONNECTORS, ids=lambda c: c.kind)
 @pytest.mark.parametrize("family", ["llama", "phi3", "phi"])

@@ -17,9 +17,9 @@ from gradio_client import Client
 from mmllm_core.bundle import Bundle
 from serve_apps.api_keys import ApiKey, add_key, remove_key
 from serve_apps.limits import Limits
-from tests.serve_apps.conftest import BOTH_PROXIES, Proxy, Service, deploy, own_serve, page_answer
+from tests.serve_apps.conftest import SERVE_AND_LONG_HAPROXY, Proxy, Service, deploy, own_serve, page_answer
 
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", BOTH_PROXIES, indirect=True, scope="module")]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", SERVE_AND_LONG_HAPROXY, indirect=True, scope="module")]
 
 
 LIMITS = Limits(body_timeout_s=1.5)

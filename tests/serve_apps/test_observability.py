@@ -76,6 +76,7 @@ def watched(
         "ui": False,
         "access.keys_file": str(file),
         "observability.otlp_endpoint": collector.url,
+        "phi.autoscaling.max_replicas": 1,
     }
     watched = Watched(deploy(bundle, "watched", "/", overrides), key, collector)
     watched.ask_of_everything(speech)

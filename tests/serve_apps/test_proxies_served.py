@@ -14,7 +14,7 @@ import pytest
 
 from mmllm_core.bundle import Bundle
 from serve_apps.api_keys import ApiKey, add_key
-from tests.serve_apps.conftest import BOTH_PROXIES, Proxy, Service, deploy, free_port, own_serve
+from tests.serve_apps.conftest import BOTH_PROXIES, SERVE_AND_LONG_HAPROXY, Proxy, Service, deploy, free_port, own_serve
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def test_on_loopback_nobody_else_reaches_the_service(bundle: Bundle, proxy: Prox
     assert of_haproxy == ([("127.0.0.1", port)] if proxy == "haproxy" else [])
 
 
-@pytest.mark.parametrize("proxy", BOTH_PROXIES)
+@pytest.mark.parametrize("proxy", SERVE_AND_LONG_HAPROXY)
 def test_where_others_reach_it_every_port_asks_for_a_key(bundle: Bundle, proxy: Proxy, tmp_path: Path) -> None:
     add_key(tmp_path / "keys.yaml", ApiKey(id="alice", sha256="0" * 64))
     with own_serve("0.0.0.0", proxy=proxy) as port:
@@ -95,7 +95,7 @@ def serving(bundle: Bundle, proxy: Proxy, folder: Path) -> Iterator[tuple[subpro
 
 
 @pytest.mark.skipif(len(BOTH_PROXIES) == 1, reason="HAProxy comes with Ray on Linux alone")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGKILL])
 def test_nothing_of_haproxy_is_left(bundle: Bundle, tmp_path: Path, number: signal.Signals) -> None:
     with serving(bundle, "haproxy", tmp_path) as (process, service):
         assert httpx.get(f"{service.base_url}/v1/models").status_code == 200

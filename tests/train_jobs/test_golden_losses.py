@@ -16,12 +16,18 @@ N_TESTED = 2
 """Of the losses; `python -m tests.train_jobs.golden_losses --check` compares all, which takes a quarter of an hour."""
 
 
+LIKE_ANOTHER = {"embedded-demo"}
+"""What `embedded-instruct` does too, in its first steps."""
+
+
 def test_every_embedded_recipe_has_golden_losses() -> None:
     assert set(GOLDEN) == set(recipes())
     assert all(len(losses) == N_LOSSES for losses in GOLDEN.values())
 
 
-@pytest.mark.parametrize("name", sorted(GOLDEN))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LIKE_ANOTHER else ()) for name in sorted(GOLDEN)]
+)
 def test_the_first_losses_are_those_that_were_recorded(name: str, compiled_ops: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "mmllm-home"
     folder.mkdir()

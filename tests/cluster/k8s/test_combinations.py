@@ -42,6 +42,7 @@ def _combinations() -> list[tuple[str, tuple[str, ...]]]:
     ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(("overlay", "components"), _combinations())
 def test_an_overlay_with_components_is_valid(
     rendered: Rendered, crds: Path, overlay: str, components: tuple[str, ...]

@@ -10,6 +10,7 @@ from mmllm_core.audio.windows import Window, speech_windows
 from tests.spoken_sentences import joined_recordings, recordings
 
 
+@pytest.mark.lengthy
 def test_windows_are_cut_in_pauses_and_hold_all_of_the_speech() -> None:
     clip = joined_recordings((0.05,))  # no pause is long enough to end a stretch of speech
     found = list(speech_windows(clip))

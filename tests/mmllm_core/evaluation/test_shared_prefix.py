@@ -89,6 +89,7 @@ def test_tokens_are_those_of_generating_one_by_one(lm: str, kind: str, max_posit
     assert one_by_one(model, shuffled, stop_ids) != expected, "the images matter to this model"
 
 
+@pytest.mark.lengthy
 def test_an_image_may_come_first_of_all(tiny_lm: TinyLM) -> None:
     model = seeing(tiny_lm("llama"), "mlp")
     asked = prompts(model.connector.n_tokens(5), lead=[])

@@ -120,6 +120,7 @@ def test_a_bfloat16_bundle_is_exported_in_bfloat16_or_as_asked(make_bundle: Any,
         assert json.loads((folder / "config.json").read_text())["dtype"] == (dtype or "bfloat16")
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "options",
     [
@@ -148,6 +149,7 @@ def test_a_row_that_is_added_for_the_image_token_is_never_the_best(make_bundle: 
     assert (logits[..., 295] < logits[..., :295].amax(-1)).all()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("template", ["chatml", "phi3", "phi4", "llama3"])
 @pytest.mark.parametrize(
     "conversation",
@@ -222,6 +224,7 @@ def test_answers_end_where_the_engine_ends_them(make_bundle: Any, tmp_path: Path
     assert model.generation_config.eos_token_id == stop_token_ids(bundle.load_model().causal_lm, bundle.tokenizer)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("lm", ["phi3", "llama"])
 @pytest.mark.parametrize("cls_token", [False, True])
 def test_what_was_exported_imports_again_with_equal_logits(

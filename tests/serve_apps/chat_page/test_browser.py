@@ -197,7 +197,7 @@ def test_conversations_are_listed_opened_and_deleted(context: BrowserContext, se
     page.get_by_role("button", name="New chat").click()
     expect(page.get_by_text(PACE)).to_have_count(0)
     ask(page, "Second?")
-    beside = visit(context, served)  # another tab of the same browser
+    beside = visit(context, served, most=None)  # another tab of the same browser, which keeps the bound
     ask(beside, "Third?")
     expect(page.get_by_role("navigation").get_by_role("listitem")).to_have_count(3)
     page.get_by_role("button", name="First?", exact=True).click()
