@@ -3,13 +3,14 @@
 Every deployment asks for its modality's resource, so nodes of our own offer some of each.
 """
 
+import io
 import json
 import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Annotated, NoReturn
 
 import typer
@@ -90,11 +91,18 @@ def _own_ray(verbose: bool, proxies: Mapping[str, str] | None) -> Iterator[None]
             log_to_driver=verbose,
             logging_level=_level(verbose),
         )
-        stack.callback(ray.shutdown)
+        stack.callback(end_quietly, ray.shutdown)
         if publish is not None:
             publish(ray.get_runtime_context().gcs_address)
         with interruptible(verbose=verbose):
             yield
+
+
+def end_quietly(end: Callable[[], object]) -> None:
+    """End Ray or Serve without what Ray prints meanwhile, which `log_to_driver` does not govern: that tasks of the
+    actors that it kills itself have failed and will be tried again."""
+    with redirect_stdout(io.StringIO()):
+        end()
 
 
 @contextmanager

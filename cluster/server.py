@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cluster.local import end_quietly
 from mmllm_core.bundle import Bundle
 from mmllm_core.errors import EnvironmentLack, MmllmError
 from serve_apps.config import ServeConfig
@@ -107,7 +108,7 @@ def serving(bundle: Bundle, config: ServeConfig) -> Iterator[str]:
         yield config.http.base_url
     finally:
         if serve_is_ours:
-            serve.shutdown()
+            end_quietly(serve.shutdown)
         else:
             serve.delete(APP_NAME)
 

@@ -78,6 +78,7 @@ def together(engine: TransformersEngine, requests: list[EngineRequest]) -> list[
     return asyncio.run(asyncio.wait_for(all_at_once(), 120))
 
 
+@pytest.mark.lengthy
 def test_adapters_mixed_in_one_batch_answer_as_each_alone(adapted: Adapted) -> None:
     models = [*zip(adapted.adapters, adapted.peft, strict=True), (None, adapted.base)]
     requests = [of(i, adapter) for i in range(len(PROMPTS)) for adapter, _ in models]

@@ -62,6 +62,7 @@ async def _say(phi: PhiDeployment, prompt: Prompt) -> list[int]:
     return [token async for chunk in phi.generate(prompt) for token in chunk.token_ids]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     "config",
     [LinearConfig(), MlpConfig(), ResamplerConfig(n_queries=5), CrossAttentionConfig(every_k_layers=1, n_queries=5)],

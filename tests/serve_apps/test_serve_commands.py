@@ -41,6 +41,7 @@ def test_reload_in_another_terminal_finds_what_serve_started(bundle: Bundle) -> 
             assert say(service) != before
         finally:
             serving_process.send_signal(signal.SIGTERM)
+        assert serving_process.stdout.read() == "", "it ends without a word"
 
 
 def test_a_serve_that_others_use_goes_on(bundle: Bundle, serve_port: int) -> None:

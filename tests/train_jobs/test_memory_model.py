@@ -208,6 +208,7 @@ def test_a_phi4_mini_qlora_checkpoint_takes_less_than_a_gibibyte() -> None:
     assert 1e7 < checkpoint_bytes(shape) < 2**30
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "phi"])
 @pytest.mark.parametrize(("n_shared", "lengths"), [(0, [32, 32]), (8, [32, 32]), (0, [32, 20]), (8, [32, 20])])
 @pytest.mark.parametrize("trains", ["adapter", "attention", "first layers", "connector", "everything"])

@@ -124,6 +124,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
     assert "script" not in {tag for tag, _ in page.tags}
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("field", ["question", "right", "kind", "after"])
 def test_what_models_and_data_say_stays_text(field: str) -> None:
     hostile = '<script>alert(1)</script>"><img src=x onerror=alert(1)>'

@@ -65,6 +65,7 @@ def test_a_replica_that_packs_its_models_takes_what_the_largest_does(question: Q
     assert of["vision"].amounts == of["audio"].amounts == {}
 
 
+@pytest.mark.lengthy
 def test_models_in_turns_cost_less_than_a_share_each_and_never_less_than_the_work_takes(
     question: Question, plain: Answer
 ) -> None:

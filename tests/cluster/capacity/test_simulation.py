@@ -102,6 +102,7 @@ def test_models_that_take_turns_are_told_as_event_by_event(times: ServiceTimes) 
     assert (alone.ttft(0.95) or 0) < 0.75 * told(exact, 0.95)
 
 
+@pytest.mark.lengthy
 def test_ticks_much_longer_than_a_request_tell_the_same(times: ServiceTimes) -> None:
     trace = Trace("steady", 4.0, MIX, 800.0)
     config = fixed(clip=1, whisper=2, phi=4)

@@ -397,6 +397,7 @@ OF_A_JOB = [
 ]
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("fault", OF_THE_SERVICE, ids=lambda fault: fault.name)
 def test_a_fault_of_the_service_is_found(rendered: Rendered, crds: Path, fault: Fault) -> None:
     manifests = rendered("prod-gpu")

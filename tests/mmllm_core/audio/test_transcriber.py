@@ -169,6 +169,7 @@ def test_what_is_stopped_says_so(
     assert (len(stopped.tokens), stopped.is_whole) == (12, False)
 
 
+@pytest.mark.lengthy
 def test_what_a_long_prompt_stops_says_so(transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = transcriber._engine
     monkeypatch.setattr(engine._model, "max_length", 24)

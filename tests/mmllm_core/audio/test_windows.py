@@ -26,6 +26,7 @@ def test_windows_are_cut_in_pauses_and_hold_all_of_the_speech() -> None:
             assert np.abs(clip[before[1] - 160 : before[1] + 160]).max() < 0.1 * np.abs(clip).max()
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("begins", [-0.6, -0.2, -0.09, -0.05, 0.0, 0.2, 0.5])
 def test_who_begins_at_the_end_of_a_block_is_heard_whole(monkeypatch: pytest.MonkeyPatch, begins: float) -> None:
     block = 20 * SAMPLE_RATE

@@ -69,6 +69,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_seed_gives_the_conversations_that_it_always_gave(name: str, usual_packages: None) -> None:
     samples = training_samples(DataConfig(sources=(CONFIGS[name],)), RECORDED[name]["seed"])
