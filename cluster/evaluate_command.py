@@ -91,6 +91,9 @@ def require_writable(path: Path) -> None:
     """Find out before minutes of asking."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
         path.open("a").close()
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise ConfigError(f"--save {path}: cannot be written: {error.strerror or error}") from error

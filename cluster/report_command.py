@@ -14,8 +14,11 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Folder to write into; the run's own if not given.")] = None,
 ) -> None:
     """Write a page on a run, or on several side by side: curves, accuracy, answers, and what happened."""
+    from train_jobs.run_folders import run_folder
+
+    folders = [run_folder(run) for run in runs]
     from train_jobs.report import report as write
 
     with console.status("drawing"):
-        page = write(runs, out)
+        page = write(folders, out)
     console.print(page, soft_wrap=True, highlight=False)

@@ -139,7 +139,7 @@ def reload_bundle(bundle: Bundle, model: str | None = None) -> str:
 
     if APP_NAME not in serve.status().applications:
         raise EnvironmentLack("no assistant is served on this Ray: start it with 'mmllm serve'")
-    config: ServeConfig = serve.get_app_handle(APP_NAME).built_by.remote().result()
+    config: ServeConfig = serve.get_app_handle(APP_NAME).service_config.remote().result()
     replicas = serve.get_deployment_handle(PHI, APP_NAME)
     served: dict[str, ServedBundle] = replicas.broadcast("served").results()[0]
     first = next(iter(served))

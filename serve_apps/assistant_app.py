@@ -98,7 +98,7 @@ class Assistant:
             mount_chat_page(app, self.config.http.base_url, self._models[0])
         return app
 
-    def built_by(self) -> ServeConfig:
+    def service_config(self) -> ServeConfig:
         """The config of this service."""
         return self.config
 

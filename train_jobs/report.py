@@ -21,7 +21,8 @@ from mmllm_core.errors import ConfigError, ImageError
 from mmllm_core.evaluation.accuracy import normalise
 from train_jobs.report_figures import figures, number
 from train_jobs.report_plots import DARK, LIGHT, PICTURES, draw
-from train_jobs.run_record import Answer, RunRecord, read_run, record_info, runs_folder
+from train_jobs.run_folders import runs_folder
+from train_jobs.run_record import Answer, RunRecord, read_run, record_info
 
 SAMPLES = 12
 """Answers shown of a run."""

@@ -21,22 +21,12 @@ from mmllm_core.bundle import BundleInfo
 from mmllm_core.config import StrictModel
 from mmllm_core.errors import DataError
 from mmllm_core.evaluation.accuracy import OVERALL, Score, Scores, scores_from_json
-from mmllm_core.models.home import home
 from train_jobs.progress import read_metrics, step_lines
+from train_jobs.run_folders import LOG, run_folder
 
-LOG, RECIPE, ANSWERS, INFO = "metrics.jsonl", "recipe.yaml", "answers.json", "run.json"
+RECIPE, ANSWERS, INFO = "recipe.yaml", "answers.json", "run.json"
 WARM_UP = 2
 """First steps of an attempt, in which libraries compile and caches fill: no measure of speed."""
-
-
-def runs_folder() -> Path:
-    """Where runs leave their logs, plots and reports."""
-    return home() / "runs"
-
-
-def runs_here() -> str:
-    """Names of this machine's runs, for a message."""
-    return ", ".join(sorted(path.parent.name for path in runs_folder().glob(f"*/{LOG}"))) or "none yet"
 
 
 class Answer(StrictModel):
@@ -109,12 +99,10 @@ def read_run(run: str | Path) -> RunRecord:
     Raises:
         DataError: there is no such run, or a file in its folder is not what it should be.
     """
-    folder = Path(run) if Path(run).is_dir() else runs_folder() / run
-    if not (folder / LOG).is_file():
-        raise DataError(f"{folder}: no run is there ('{LOG}' is missing); runs of this machine: {runs_here()}")
+    folder = run_folder(run)
     recipe = folder / RECIPE
     return RunRecord(
-        folder=folder.resolve(),
+        folder=folder,
         lines=tuple(read_metrics(folder / LOG)),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         answers=tuple(_read(folder / ANSWERS, list[Answer]) or ()),

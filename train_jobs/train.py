@@ -39,8 +39,9 @@ from train_jobs.launch import (
 from train_jobs.origins import Origins, find_origins, starting_profile
 from train_jobs.progress import console, following, read_metrics, step_lines
 from train_jobs.report import write_report
+from train_jobs.run_folders import LOG, runs_folder, runs_here
 from train_jobs.run_inputs import RunInputs, learns_the_same, read_inputs, write_inputs
-from train_jobs.run_record import LOG, has_ended, read_run, runs_folder, runs_here
+from train_jobs.run_record import has_ended, read_run
 from train_jobs.stop_notice import clear_notice, read_notice
 from train_jobs.stored_features import StoredFeatures
 from train_jobs.trackers import open_tracker, require_tracker

@@ -24,7 +24,8 @@ from train_jobs.held_out import HeldOutQuestions, write_answers
 from train_jobs.launch import worker_device
 from train_jobs.origins import Origins, build_model
 from train_jobs.progress import MetricsLog
-from train_jobs.run_record import ANSWERS, LOG
+from train_jobs.run_folders import LOG
+from train_jobs.run_record import ANSWERS
 from train_jobs.schedule import learning_rates
 from train_jobs.stop_notice import leave_notice, read_notice
 from train_jobs.stored_features import StoredFeatures

@@ -27,7 +27,7 @@ from tests.bench.scratch import mmllm, scratch_home
 from train_jobs.plan import PlanOptions, plan
 from train_jobs.progress import read_metrics
 from train_jobs.recipe import load_training_recipe
-from train_jobs.run_record import runs_folder
+from train_jobs.run_folders import runs_folder
 from train_jobs.throughput import peak_resident
 
 ALLOWED = 0.15

@@ -111,7 +111,7 @@ def ray_train_steps(setup: Setup, loop: Callable[[dict[str, Any]], None] | None 
     from train_jobs.deepspeed_ops import worker_environment
     from train_jobs.launch import Kept, Workers, run_workers
     from train_jobs.progress import following, read_metrics, step_lines
-    from train_jobs.run_record import LOG
+    from train_jobs.run_folders import LOG
     from train_jobs.train_loop import LoopConfig, train_loop
 
     recipe = setup.recipe

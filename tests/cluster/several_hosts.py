@@ -31,7 +31,7 @@ from tests.serve_apps.faults import MixedLoad
 from tests.train_jobs.kept_checkpoints import kept_step, wait_for_kept_step
 from tests.waiting import wait_for
 from train_jobs.progress import read_metrics
-from train_jobs.run_record import LOG, runs_folder
+from train_jobs.run_folders import LOG, runs_folder
 
 PORT, HTTP_PORT = 6379, 8000
 PATIENCE_S = 400

@@ -61,6 +61,8 @@ def test_a_mistake_is_one_line_that_names_it(arguments: tuple[str, ...], named: 
     "arguments",
     [
         ("train", "no-such-recipe"),
+        ("train", "--resume", "no-such-run"),
+        ("report", "no-such-run"),
         ("embed", "no-such-recipe"),
         ("plan", "no-such-recipe"),
         ("evaluate", "--bundle", "/nowhere"),

@@ -16,7 +16,8 @@ from mmllm_core.errors import ConfigError, DataError
 from mmllm_core.models.profile import load_profile
 from train_jobs.progress import MetricsLog
 from train_jobs.report import choose_samples, report, write_report
-from train_jobs.run_record import Answer, read_run, runs_folder
+from train_jobs.run_folders import runs_folder
+from train_jobs.run_record import Answer, read_run
 
 MEASURED = {
     "loss": 2.0,

@@ -28,8 +28,8 @@ from tests.train_jobs.kept_checkpoints import kept_step, wait_for_kept_step
 from tests.waiting import wait_for
 from train_jobs.origins import starting_profile
 from train_jobs.progress import read_metrics, step_lines
+from train_jobs.run_folders import LOG, runs_folder
 from train_jobs.run_inputs import RunInputs, write_inputs
-from train_jobs.run_record import LOG, runs_folder
 from train_jobs.train import TrainedRun, resume, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

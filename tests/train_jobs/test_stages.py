@@ -28,7 +28,8 @@ from train_jobs.evaluate import Asked, evaluate
 from train_jobs.launch import open_storage
 from train_jobs.origins import find_origins, starting_profile
 from train_jobs.progress import read_metrics, step_lines
-from train_jobs.run_record import LOG, read_run, runs_folder
+from train_jobs.run_folders import LOG, runs_folder
+from train_jobs.run_record import read_run
 from train_jobs.train import TrainedRun, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
