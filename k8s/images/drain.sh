@@ -4,7 +4,8 @@
 set -u
 limit=${1:?seconds to wait at most}
 # Named, for without a name Ray takes the node that a new driver would join, which may be another: even the head.
-node=$(ps -eo args= | grep -oE -- '--node[-_]id=[0-9a-f]{56}' | head -n 1 | cut -d= -f2)
+# -ww, for where COLUMNS is set ps writes no more than that.
+node=$(ps -ww -eo args= | grep -oE -- '--node[-_]id=[0-9a-f]{56}' | head -n 1 | cut -d= -f2)
 if [[ -z $node ]]; then
   echo "drain.sh: no Ray node runs in this pod: there is nothing to drain" >&2
   exit 0
@@ -12,8 +13,6 @@ fi
 ray drain-node --address "${RAY_ADDRESS:-auto}" --node-id "$node" --reason DRAIN_NODE_REASON_PREEMPTION \
   --reason-message "the pod ends" --deadline-remaining-seconds "$limit" ||
   echo "drain.sh: Ray did not take the notice; waiting all the same" >&2
-looks=0 # one look may miss a process that starts, or writes its title
-while ((looks < 2 && SECONDS < limit)); do
-  if pgrep -f '[r]ay::(ServeReplica|ProxyActor|HAProxyManager)' >/dev/null; then looks=0; else looks=$((looks + 1)); fi
+while pgrep -f '[r]ay::(ServeReplica|ProxyActor|HAProxyManager)' >/dev/null && ((SECONDS < limit)); do
   sleep 1
 done

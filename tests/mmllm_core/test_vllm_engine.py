@@ -97,7 +97,7 @@ def test_a_process_that_dies_fails_its_requests_and_its_health(start: Start, tin
 
 def _engine_processes(pid: int) -> list[int]:
     """vLLM's processes whose parent is a process."""
-    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()[1:]]
     return [int(child) for child, parent, args in rows if int(parent) == pid and "EngineCore" in args]
 

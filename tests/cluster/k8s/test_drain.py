@@ -84,6 +84,7 @@ def environment() -> dict[str, str]:
         "RAY_ADDRESS": f"{NODES['head']}:6379",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "COLUMNS": "80",  # as a terminal may have set it
         "RAY_raylet_start_wait_time_s": "180",  # of a busy machine
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
     }
