@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster.local import end_quietly
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
 from mmllm_core.config import PathSource, Profile
 from mmllm_core.models.profile import load_profile
@@ -128,8 +129,8 @@ def own_serve(
             serve.start(http_options={"host": host, "port": port})
             yield port
         finally:
-            serve.shutdown()
-            ray.shutdown()
+            end_quietly(serve.shutdown)
+            end_quietly(ray.shutdown)
 
 
 @pytest.fixture(scope="module")
