@@ -30,6 +30,7 @@ def test_serving_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

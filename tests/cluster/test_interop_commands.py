@@ -46,6 +46,7 @@ def test_what_is_imported_serves_as_a_bundle_and_exports_as_the_same_model(check
     assert_one_line(again, "--replace")
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
