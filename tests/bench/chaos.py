@@ -1,6 +1,6 @@
 """What becomes of requests while the service is overloaded, killed part by part, redeployed and left by its callers.
 
-    python -m tests.bench.chaos [--requests 500] [--seconds 12]
+    python -m tests.bench.chaos [--requests 500] [--seconds 12] [--rounds 5]
 
 On real Ray Serve with tiny models and two replicas of every part. Prints a table and JSON: how requests ended under ten
 times the load that the service can take, and its memory; while replicas are killed without a warning; while it is
@@ -60,13 +60,13 @@ def service(proxy: Proxy = "serve") -> Iterator[tuple[Service, Callable[..., Ser
         yield deploy_with(), deploy_with
 
 
-async def overload(load: MixedLoad, times: float, seconds: float) -> dict[str, Any]:
+async def overload(load: MixedLoad, times: float, seconds: float, n_rounds: int) -> dict[str, Any]:
     """More than the service can take, again and again, to see whether memory grows."""
     began = time.monotonic()
     rate = len(await load.closed(96, 16)) / (time.monotonic() - began)
     memory = [memory_mb([INGRESS, *BEHIND])]
     rounds = []
-    for _ in range(5):
+    for _ in range(n_rounds):
         load.endings = []
         rounds += await load.open(times * rate, seconds)
         memory.append(memory_mb([INGRESS, *BEHIND]))
@@ -135,14 +135,14 @@ def shares(found: Sequence[Ending]) -> dict[str, float]:
     }
 
 
-async def measure(n_requests: int, seconds: float) -> dict[str, Any]:
+async def measure(n_requests: int, seconds: float, n_rounds: int) -> dict[str, Any]:
     """All of it, one after another."""
     with service() as (target, deploy_with):
         load = MixedLoad(target.base_url, target.model, recorded_speech())
         retrying = replace(load, retries=2, endings=[])
         app = target.app_name
         return {
-            "overload": await overload(load, 10, seconds),
+            "overload": await overload(load, 10, seconds, n_rounds),
             "kills_behind_the_ingress": await kills(load, app, n_requests, BEHIND),
             "kills_of_the_ingress": await kills(load, app, n_requests // 5, [INGRESS]),
             "kills_of_the_ingress_where_clients_retry": await kills(retrying, app, n_requests // 5, [INGRESS]),
@@ -155,9 +155,10 @@ def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500, help="while replicas are killed")
-    parser.add_argument("--seconds", type=float, default=12, help="of each of five rounds of ten times the load")
+    parser.add_argument("--seconds", type=float, default=12, help="of each round of ten times the load")
+    parser.add_argument("--rounds", type=int, default=5, help="of ten times the load")
     arguments = parser.parse_args()
-    found = asyncio.run(measure(arguments.requests, arguments.seconds))
+    found = asyncio.run(measure(arguments.requests, arguments.seconds, arguments.rounds))
     table = Table("what was done", "how requests ended", "what else was seen")
     for name, values in found.items():
         ends = ", ".join(f"{count} {how}" for how, count in values.get("endings", {}).items())
