@@ -43,9 +43,9 @@ def train(
     options = {"workers": workers, "min_workers": min_workers, "gpus_per_worker": gpus_per_worker}
     changes: dict[str, Any] = parse_overrides(items) | {k: v for k, v in options.items() if v is not None}
     if resume is not None:
-        from train_jobs.run_folders import run_folder
+        from train_jobs.run_folders import resumable_folder
 
-        run_folder(resume)
+        resumable_folder(resume)
         from train_jobs.train import resume as resume_run
 
         with local_ray(verbose=verbose):

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from mmllm_core.errors import DataError
+from mmllm_core.errors import DataError, TrainingError
 from mmllm_core.models.home import home
 
-LOG = "metrics.jsonl"
+LOG, INPUTS = "metrics.jsonl", "inputs.json"
 
 
 def runs_folder() -> Path:
@@ -28,3 +28,15 @@ def run_folder(run: str | Path) -> Path:
     if not (folder / LOG).is_file():
         raise DataError(f"{folder}: no run is there ('{LOG}' is missing); runs of this machine: {runs_here()}")
     return folder.resolve()
+
+
+def resumable_folder(name: str) -> Path:
+    """The folder of a run of this machine that was started, by its name alone.
+
+    Raises:
+        TrainingError: there is no such run.
+    """
+    folder = runs_folder() / name
+    if not (folder / INPUTS).is_file():
+        raise TrainingError(f"--resume {name}: no such run; runs of this machine: {runs_here()}")
+    return folder

@@ -16,9 +16,9 @@ from pydantic import Field
 from mmllm_core.config import Profile, Recipe, StrictModel, apply_overrides, parse_config
 from mmllm_core.errors import ConfigError, TrainingError
 from train_jobs.launch import read_beside_checkpoints, write_beside_checkpoints
+from train_jobs.run_folders import INPUTS
 from train_jobs.run_record import RECIPE
 
-INPUTS = "inputs.json"
 _HOW = frozenset(
     {
         "workers",

@@ -39,7 +39,7 @@ from train_jobs.launch import (
 from train_jobs.origins import Origins, find_origins, starting_profile
 from train_jobs.progress import console, following, read_metrics, step_lines
 from train_jobs.report import write_report
-from train_jobs.run_folders import LOG, runs_folder, runs_here
+from train_jobs.run_folders import INPUTS, LOG, resumable_folder, runs_folder
 from train_jobs.run_inputs import RunInputs, learns_the_same, read_inputs, write_inputs
 from train_jobs.run_record import has_ended, read_run
 from train_jobs.stop_notice import clear_notice, read_notice
@@ -191,9 +191,10 @@ def resume(name: str, changes: dict[str, Any] | None = None) -> TrainedRun:
         TrainingError: there is no such run or no checkpoint of it, or what it was made from changed since.
         ConfigError: a setting that would change what is learned.
     """
-    recorded = read_inputs(runs_folder() / name)
+    folder = resumable_folder(name)
+    recorded = read_inputs(folder)
     if recorded is None:
-        raise TrainingError(f"--resume {name}: no such run; runs of this machine: {runs_here()}")
+        raise TrainingError(f"--resume {name}: {folder / INPUTS} is of another mmllm: start it again by its recipe")
     recipe = recorded.changed(changes or {})
     inputs, origins = _prepare(recipe)
     recorded.require_unchanged(inputs)

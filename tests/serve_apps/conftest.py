@@ -21,7 +21,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster.local import end_quietly
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
 from mmllm_core.config import PathSource, Profile
 from mmllm_core.models.profile import load_profile
@@ -107,6 +106,7 @@ def own_serve(
     import ray
     from ray import serve
 
+    from cluster.local import end_quietly
     from serve_apps.config import HttpConfig
     from serve_apps.haproxy import proxies_of
 

@@ -8,7 +8,8 @@ from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.profile import load_profile
 from train_jobs.launch import open_storage
 from train_jobs.recipe import load_training_recipe
-from train_jobs.run_inputs import INPUTS, RunInputs, learns_the_same, read_inputs, write_inputs
+from train_jobs.run_folders import INPUTS, resumable_folder, runs_folder
+from train_jobs.run_inputs import RunInputs, learns_the_same, read_inputs, write_inputs
 
 
 @pytest.fixture
@@ -28,6 +29,15 @@ def test_a_run_whose_folder_was_lost_or_damaged_is_known_by_the_copy(
     (folder / INPUTS).unlink() if text is None else (folder / INPUTS).write_text(text)
     assert read_inputs(folder) is None
     assert read_inputs(folder, storage) == inputs
+
+
+def test_a_run_goes_on_by_its_name_whatever_lies_where_one_stands(
+    inputs: RunInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write_inputs(runs_folder() / "mine", inputs)
+    assert resumable_folder("mine") == runs_folder() / "mine"
 
 
 def test_what_no_run_left_is_nothing(tmp_path: Path) -> None:
