@@ -58,7 +58,11 @@ KEEP_SETTINGS = """(model, system, temperature, tokens, key, keeps) => {
     const settings = [model, system, temperature, tokens, keeps ? key : "", keeps];
     localStorage.setItem("mmllm-settings", JSON.stringify(settings));
 }"""
-KEPT_SETTINGS = """() => [JSON.parse(localStorage.getItem("mmllm-settings"))]"""
+RESTORE_SETTINGS = """() => {
+    const kept = JSON.parse(localStorage.getItem("mmllm-settings"));
+    return kept?.length === 6 ? kept : Array(6).fill({__type__: "update"});
+}"""
+"""Settings kept by KEEP_SETTINGS; none of them is touched on a first visit."""
 
 DOWNLOAD = """(text) => {
     const link = document.createElement("a");

@@ -162,21 +162,18 @@ class _Page:
         return self._talk.opened(kept)
 
     def _remember_settings(self) -> None:
-        stored = gr.JSON(None, visible=False)
         all_settings = [*self._settings, self._keep_key]
+        model, *_, key = self._settings
 
-        async def restore(stored: Any, request: gr.Request) -> list[Any]:
-            match stored:
-                case [str() as model, str() as system, str() as heat, str() as tokens, str() as key, bool() as keeps]:
-                    others: list[Any] = [system, heat, tokens, key, keeps]
-                case _:  # a first visit: what is typed meanwhile shall stay
-                    model, key, others = self._talk.model, "", [gr.skip()] * 5
+        async def greet(model: str, key: str, request: gr.Request) -> list[Any]:
             names, profile = await self._talk.served(key, request)
             chosen = gr.Dropdown(names, value=model if model in names else names[0])
-            return [welcome(names[0], profile), chosen, *others]
+            return [welcome(names[0], profile), chosen]
 
-        restored = [self._talked, *all_settings]
-        self.blocks.load(restore, [stored], restored, js=look.KEPT_SETTINGS, concurrency_limit=None, **QUIET)
+        # First in the browser alone: what comes from the server later would undo what is typed meanwhile.
+        self.blocks.load(None, None, all_settings, js=look.RESTORE_SETTINGS, **QUIET).then(
+            greet, [model, key], [self._talked, model], concurrency_limit=None, **QUIET
+        )
         typed = [each.blur for each in self._settings]  # besides, for what is pasted is no input to Gradio
         set_ = [*typed, *(each.input for each in all_settings)]
         gr.on(set_, None, all_settings, None, js=look.KEEP_SETTINGS, **QUIET)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Route, expect, sync_playwright
 
 from mmllm_core.bundle import Bundle
 from serve_apps.config_files import load_serve_config
@@ -326,6 +326,22 @@ def test_settings_are_kept_and_the_keyboard_is_enough(context: BrowserContext, s
     page.get_by_role("button", name="Retry").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_text(PACE)).to_contain_text("3 tokens")
+
+
+def test_settings_typed_before_the_server_has_answered_stay(context: BrowserContext, served: Served) -> None:
+    visit(context, served, most=5)  # so that there are settings to be restored
+    page = context.new_page()
+    held: list[Route] = []
+    page.route("**/gradio_api/queue/join*", lambda route: held.append(route))
+    page.goto(served.url)
+    wait_for(lambda: page.evaluate("1") and held, "the page to ask who is served", 60)
+    bound(page, 7)
+    for route in held:
+        route.continue_()
+    page.unroute_all()
+    expect(page.get_by_text("It cannot read text in pictures")).to_be_visible()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("Tokens at most")).to_have_value("7")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
