@@ -3,8 +3,12 @@
 A decoding step multiplies few rows by every weight of the LM, and most of its time goes into reading them. Laid out in
 the order in which they are read, they are read at the speed of memory: products of a step take half the time or less.
 `torch.compile` does the same to weights that it freezes. Does not know attention or sequences.
+
+A product of as many rows as were not seen before is compiled, which oneDNN keeps: 1,024 kernels by default, of some
+hundred kB each, so that a service grows for hours. Here are fewer, unless the environment says how many.
 """
 
+import os
 import platform
 from typing import TYPE_CHECKING
 
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
 ROWS = 256
 """That weights are laid out for; others are multiplied too."""
 _DTYPES = (torch.float32, torch.bfloat16)
+_KERNELS = "128"
+# Read by PyTorch's bridge to oneDNN and by oneDNN itself, each at its first product.
+for _variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(_variable, _KERNELS)
 
 
 class PackedLinear(nn.Module):

@@ -41,8 +41,9 @@ class KvCache:
         device: torch.device | str = "cpu",
     ):
         shape = (n_layers, n_pages * PAGE, n_kv_heads, head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (n_layers, n_slots, h_kv, d)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        # Written now, for a kernel gives memory (of torch.zeros too) only where it is first written: later, under load.
+        self.keys = torch.empty(shape, dtype=dtype, device=device).zero_()  # (n_layers, n_slots, h_kv, d)
+        self.values = torch.empty_like(self.keys).zero_()
         self.n_pages = n_pages
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slots: Tensor) -> None:
