@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from mmllm_core.artifact import building, is_built
 from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.home import home
@@ -51,6 +53,13 @@ def build_ops() -> None:
             "no C++ compiler is on PATH (or where CXX says), which DeepSpeed needs: install g++ "
             "(Debian and Ubuntu: 'apt install g++', macOS: 'xcode-select --install')"
         )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # two runs that compile would take each other's op away
+        if not is_built(folder, _inputs()):
+            _compile(folder)
+
+
+def _compile(folder: Path) -> None:
     with building(folder, _inputs()) as scratch:
         environment = os.environ | worker_environment(gpu=False) | {"TORCH_EXTENSIONS_DIR": str(scratch)}
         done = subprocess.run(

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import pad, rms_norm
 
 from mmllm_core.engine.lora import LineAdapters, LoraLinear, Part
-from mmllm_core.engine.packed_linear import PackedLinear, pack
+from mmllm_core.engine.packed_linear import PackedLinear, pack, padded_rows
 from mmllm_core.engine.paged_attention import KvCache, StepLayout, attend
 from mmllm_core.engine.rope import Rope, RopeOfLine
 
@@ -76,27 +76,31 @@ class LeanStep:
         self._rope.tell(ropes, layout.rows)
         cos, sin = (x[0].unsqueeze(1) for x in self._rope(embeddings.unsqueeze(0), layout.positions.unsqueeze(0)))
         sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)  # (t, 1, d_rotated)
-        hidden = embeddings  # (t, d_model)
+        hidden = self._padded(embeddings)  # (t padded, d_model)
         last = len(self._layers) - 1
         for i, layer in enumerate(self._layers):
             attended = self._attend(i, layer, hidden, layout, cos, sin)  # (t, h d)
             if i == last:  # what else the line holds has given its keys and values
-                hidden, attended = hidden[layout.last], attended[layout.last]
+                hidden, attended = self._padded(hidden[layout.last]), attended[layout.last]
                 if self._adapters is not None:
                     self._adapters.keep(layout.last)
-            hidden = layer.out.plus(attended, hidden)
+            hidden = layer.out.plus(self._padded(attended), hidden)
             normed = self._normed(hidden, layer.mlp_norm)
             hidden = layer.down.plus(layer.up.times(normed, layer.gate.silu(normed)), hidden)
-        logits: Tensor = self._head(self._normed(hidden, self._norm))  # (n_last, vocab)
-        return logits
+        logits: Tensor = self._head(self._normed(hidden, self._norm))  # (n_last padded, vocab)
+        return logits[: len(layout.last)]
 
     def _attend(self, i: int, layer: _Layer, hidden: Tensor, layout: StepLayout, cos: Tensor, sin: Tensor) -> Tensor:
-        joined = layer.qkv(self._normed(hidden, layer.norm))
+        joined = layer.qkv(self._normed(hidden, layer.norm))[: len(layout.positions)]
         heads = joined.unflatten(1, (self._n_heads + 2 * self._n_kv_heads, -1))  # (t, h + 2 h_kv, d)
         n = self._n_heads + self._n_kv_heads
         rotated, value = _rotated(heads[:, :n], cos, sin), heads[:, n:]
         self._cache.write(i, rotated[:, self._n_heads :], value, layout.slots)
         return attend(rotated[:, : self._n_heads], i, self._cache, layout, self._scaling, self._window).flatten(1)
+
+    def _padded(self, line: Tensor) -> Tensor:
+        more = padded_rows(len(line)) - len(line) if self._head.is_packed else 0
+        return pad(line, (0, 0, 0, more)) if more else line
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return rms_norm(hidden, weight.shape, weight, self._eps)

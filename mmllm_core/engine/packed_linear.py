@@ -4,8 +4,9 @@ A decoding step multiplies few rows by every weight of the LM, and most of its t
 the order in which they are read, they are read at the speed of memory: products of a step take half the time or less.
 `torch.compile` does the same to weights that it freezes. Does not know attention or sequences.
 
-A product of as many rows as were not seen before is compiled, which oneDNN keeps: 1,024 kernels by default, of some
-hundred kB each, so that a service grows for hours. Here are fewer, unless the environment says how many.
+A product of as many rows as were not seen before is compiled, which takes milliseconds, and oneDNN keeps the last 1,024
+kernels of some hundred kB each, so that a service would grow for hours. Here they are fewer, unless the environment
+says how many; who pads lines as `padded_rows` says has hardly more of them.
 """
 
 import os
@@ -22,10 +23,16 @@ if TYPE_CHECKING:
 ROWS = 256
 """That weights are laid out for; others are multiplied too."""
 _DTYPES = (torch.float32, torch.bfloat16)
-_KERNELS = "128"
+_KERNELS = "256"
 # Read by PyTorch's bridge to oneDNN and by oneDNN itself, each at its first product.
 for _variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_variable, _KERNELS)
+
+
+def padded_rows(n: int) -> int:
+    """The next of the few numbers of rows that are worth a kernel: all to 16, then every eighth, from 64 every 16th."""
+    step = 1 if n <= 16 else 8 if n <= 64 else 16
+    return -(-n // step) * step
 
 
 class PackedLinear(nn.Module):

@@ -21,7 +21,7 @@ def grown_mb(rows):
         layer(x), layer.silu(x), layer.times(x, other)
     return (psutil.Process().memory_full_info().uss - before) / 1e6
 
-print(grown_mb(range(1, 100)), grown_mb(range(100, 200)))
+print(grown_mb(range(1, 200)), grown_mb(range(200, 400)))
 """
 
 

@@ -1,5 +1,7 @@
 """The vision tower inside the model: frozen it gives what is stored, trained it takes part in every step."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -236,3 +238,22 @@ def test_checkpointed_gradients_equal_those_of_kept_activations(
     assert (runs, runs_again) == (2, 4), "a block runs again in the backward pass"
     assert torch.equal(again, loss)
     assert all(torch.allclose(gradients_again[name], gradients[name], rtol=1e-6, atol=1e-7) for name in gradients)
+
+
+STARTED = """
+import sys
+from pathlib import Path
+from mmllm_core.config import PathSource, VisionConfig
+from mmllm_core.vision import ClipEncoder
+
+folder = Path(sys.argv[1])
+ClipEncoder(VisionConfig(source=PathSource(path=folder)), folder)
+print("transformers" in sys.modules)
+import transformers
+print(transformers.__name__)
+"""
+
+
+def test_clip_starts_without_transformers_and_leaves_it_to_others(tiny_clip: MakeClip) -> None:
+    done = subprocess.run([sys.executable, "-c", STARTED, tiny_clip()], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "transformers"]

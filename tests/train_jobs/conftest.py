@@ -21,10 +21,10 @@ TinyRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="session")
-def compiled_ops(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of workers with DeepSpeed's op, compiled once for all tests."""
+def compiled_ops() -> dict[str, str]:
+    """The environment of workers with DeepSpeed's op, compiled once, in the usual home."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MMLLM_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("MMLLM_HOME", raising=False)
         build_ops()
         return worker_environment(gpu=False)
 
