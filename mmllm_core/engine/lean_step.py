@@ -99,6 +99,7 @@ class LeanStep:
         return attend(rotated[:, : self._n_heads], i, self._cache, layout, self._scaling, self._window).flatten(1)
 
     def _padded(self, line: Tensor) -> Tensor:
+        """With rows of zeros at its end, which nobody reads, where that spares a kernel."""
         more = padded_rows(len(line)) - len(line) if self._head.is_packed else 0
         return pad(line, (0, 0, 0, more)) if more else line
 

@@ -41,7 +41,7 @@ class KvCache:
         device: torch.device | str = "cpu",
     ):
         shape = (n_layers, n_pages * PAGE, n_kv_heads, head_dim)
-        # Written now, for a kernel gives memory (of torch.zeros too) only where it is first written: later, under load.
+        # Written at once: what torch.zeros gives is taken from the system only where it is first written, under load.
         self.keys = torch.empty(shape, dtype=dtype, device=device).zero_()  # (n_layers, n_slots, h_kv, d)
         self.values = torch.empty_like(self.keys).zero_()
         self.n_pages = n_pages
