@@ -7,7 +7,7 @@ made from equal inputs and rebuild one that was not.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,35 @@ def building(folder: Path, inputs: dict[str, Any]) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise
-        raise EnvironmentLack(
-            f"{folder}: cannot be written ({error.strerror or error}): free space or set MMLLM_HOME"
-        ) from error
+        raise _unwritable(folder, error) from error
     finally:
         if scratch is not None and scratch.exists():
             shutil.rmtree(scratch, ignore_errors=True)
+
+
+def build_once(folder: Path, inputs: dict[str, Any], build: Callable[[Path], None]) -> None:
+    """Let `build` fill a folder as `building` gives it, unless it is built; of processes that come together one builds.
+
+    Raises:
+        EnvironmentLack: as `building`.
+    """
+    from filelock import FileLock
+
+    if is_built(folder, inputs):
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        turn = FileLock(folder.with_name(f"{folder.name}.lock")).acquire()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with turn:
+        if not is_built(folder, inputs):
+            with building(folder, inputs) as scratch:
+                build(scratch)
+
+
+def _unwritable(folder: Path, error: OSError) -> EnvironmentLack:
+    return EnvironmentLack(f"{folder}: cannot be written ({error.strerror or error}): free space or set MMLLM_HOME")
 
 
 def require_free_disk(place: Path, gigabytes: float, what: str) -> None:

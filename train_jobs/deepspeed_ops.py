@@ -11,9 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from filelock import FileLock
-
-from mmllm_core.artifact import building, is_built
+from mmllm_core.artifact import build_once, is_built
 from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.home import home
 
@@ -53,21 +51,15 @@ def build_ops() -> None:
             "no C++ compiler is on PATH (or where CXX says), which DeepSpeed needs: install g++ "
             "(Debian and Ubuntu: 'apt install g++', macOS: 'xcode-select --install')"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # two runs that compile would take each other's op away
-        if not is_built(folder, _inputs()):
-            _compile(folder)
+    build_once(folder, _inputs(), _compile)
 
 
 def _compile(folder: Path) -> None:
-    with building(folder, _inputs()) as scratch:
-        environment = os.environ | worker_environment(gpu=False) | {"TORCH_EXTENSIONS_DIR": str(scratch)}
-        done = subprocess.run(
-            [sys.executable, "-c", _BUILD], env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), done.stderr[-200:])
-            raise EnvironmentLack(f"DeepSpeed's CPU op does not compile with '{compiler()}': {reason.strip()}")
+    environment = os.environ | worker_environment(gpu=False) | {"TORCH_EXTENSIONS_DIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", _BUILD], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = next((line for line in done.stderr.splitlines() if "error" in line.lower()), done.stderr[-200:])
+        raise EnvironmentLack(f"DeepSpeed's CPU op does not compile with '{compiler()}': {reason.strip()}")
 
 
 def _inputs() -> dict[str, str]:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mmllm_core.artifact import building, is_built, require_free_disk
+from mmllm_core.artifact import build_once, is_built, require_free_disk
 from mmllm_core.data.json_rows import read_rows
 from mmllm_core.data.llava import is_llava, llava_faults, llava_record
 from mmllm_core.data.record import Fault, MalformedRow, Record, prevents_loading, record_faults, record_row
@@ -90,18 +90,13 @@ def memory_mapped(path: Path, format_name: FormatName) -> "Dataset":
         EnvironmentLack: no space for the copy, which is about as large as the file.
     """
     from datasets import Dataset
-    from filelock import FileLock
 
     digest = content_sha256(path)
     inputs = {"sha256": digest, "format": format_name, "conversion": _CONVERSION}
     folder = home() / "data" / "rows" / f"{format_name}-{digest[:16]}"
     if not is_built(folder, inputs):
         require_free_disk(folder, 1.5 * path.stat().st_size / 1e9, f"converting {path.name}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):  # workers that start together convert once
-            if not is_built(folder, inputs):
-                with building(folder, inputs) as scratch:
-                    _write_arrow(file_rows(path, format_name), scratch / "rows.arrow")
+        build_once(folder, inputs, lambda scratch: _write_arrow(file_rows(path, format_name), scratch / "rows.arrow"))
     dataset = Dataset.from_file(str(folder / "rows.arrow"))
     if not len(dataset):
         raise DataError(f"{path}: holds no rows")

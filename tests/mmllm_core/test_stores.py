@@ -1,13 +1,15 @@
 """What is kept on disk: artifacts and bundles are whole or not there."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mmllm_core.artifact import building, is_built
+from mmllm_core.artifact import build_once, building, is_built
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
 from mmllm_core.config import LoraConfig, PathSource, Profile
 from mmllm_core.connectors import LmShape, build_connector
@@ -48,6 +50,31 @@ def test_a_full_disk_is_a_named_error_and_leaves_what_was_there(tmp_path: Path) 
         (scratch / "file").write_text("more than the disk takes")
     assert (tmp_path / "a" / "file").read_text() == "made"
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("mmllm")] == ["a"]
+
+
+def test_of_two_who_come_together_one_builds(tmp_path: Path) -> None:
+    built, both_came = [], threading.Barrier(2)
+
+    def build(scratch: Path) -> None:
+        built.append(scratch)
+        (scratch / "file").write_text("made")
+
+    def come(_: int) -> None:
+        both_came.wait()
+        build_once(tmp_path / "a", {"x": 1}, build)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(come, range(2)))
+    assert len(built) == 1
+    build_once(tmp_path / "a", {"x": 2}, build)
+    assert len(built) == 2
+    assert is_built(tmp_path / "a", {"x": 2})
+
+
+def test_where_nothing_can_be_written_is_a_named_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(EnvironmentLack, match="set MMLLM_HOME"):
+        build_once(tmp_path / "file" / "a", {}, lambda scratch: None)
 
 
 @pytest.fixture
