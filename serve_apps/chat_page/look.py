@@ -59,10 +59,11 @@ KEEP_SETTINGS = """(model, system, temperature, tokens, key, keeps) => {
     localStorage.setItem("mmllm-settings", JSON.stringify(settings));
 }"""
 RESTORE_SETTINGS = """() => {
-    const kept = JSON.parse(localStorage.getItem("mmllm-settings"));
-    return kept?.length === 6 ? kept : Array(6).fill({__type__: "update"});
+    const kept = JSON.parse(localStorage.getItem("mmllm-settings")) ?? [];
+    const types = Array.from(kept, (each) => typeof each).join();
+    return types === "string,string,string,string,string,boolean" ? kept : Array(6).fill({__type__: "update"});
 }"""
-"""Settings kept by KEEP_SETTINGS; none of them is touched on a first visit."""
+"""Settings as KEEP_SETTINGS kept them; where there are none such, as on a first visit, none is touched."""
 
 DOWNLOAD = """(text) => {
     const link = document.createElement("a");

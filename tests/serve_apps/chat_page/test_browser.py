@@ -333,9 +333,10 @@ def test_settings_typed_before_the_server_has_answered_stay(context: BrowserCont
     page = context.new_page()
     held: list[Route] = []
     page.route("**/gradio_api/queue/join*", lambda route: held.append(route))
-    page.goto(served.url)
-    wait_for(lambda: page.evaluate("1") and held, "the page to ask who is served", 60)
+    with page.expect_request("**/gradio_api/queue/join*"):  # the page asks who is served
+        page.goto(served.url)
     bound(page, 7)
+    assert held
     for route in held:
         route.continue_()
     page.unroute_all()
