@@ -14,7 +14,6 @@ import psutil
 from cluster.server import PORT_MEND, port_problem
 from mmllm_core.errors import EnvironmentLack
 from mmllm_core.models.home import home
-from train_jobs.deepspeed_ops import compiler
 
 State = Literal["ok", "lack", "stop"]
 """`lack` costs something, `stop` keeps the demo from running."""
@@ -32,7 +31,7 @@ class Check:
 
 def examine(port: int = 8000) -> Iterator[Check]:
     """Check everything; takes seconds, starts nothing, downloads nothing."""
-    checks: list[Callable[[], Check]] = [_python, _torch, _compiler, _memory, _disk, lambda: _port(port), _accelerator]
+    checks: list[Callable[[], Check]] = [_python, _torch, _memory, _disk, lambda: _port(port), _accelerator]
     for check in checks:
         yield check()
     yield from _caches()
@@ -69,12 +68,6 @@ def _torch() -> Check:
         return Check("torch", "ok", f"{found}, bfloat16 instructions")
     cost = "the LM is computed in float32: half as fast, in twice the memory"
     return Check("torch", "ok", f"{found}, no bfloat16 instructions", cost)
-
-
-def _compiler() -> Check:
-    if found := compiler():
-        return Check("C++ compiler", "ok", found)
-    return Check("C++ compiler", "stop", "none on PATH", "DeepSpeed needs one to train: 'apt install g++' or the like")
 
 
 def _memory() -> Check:

@@ -134,7 +134,7 @@ def reload_bundle(bundle: Bundle, model: str | None = None) -> str:
     from ray import serve
 
     from serve_apps.builder import APP_NAME, PHI, build
-    from serve_apps.phi_engine import require_reloadable
+    from serve_apps.servable import require_reloadable
     from serve_apps.served_bundles import ServedBundle, require_base
 
     if APP_NAME not in serve.status().applications:

@@ -25,7 +25,7 @@ from serve_apps.config_files import ServeArgs, with_feature_store
 from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
-from serve_apps.phi_engine import require_servable
+from serve_apps.servable import require_servable
 from serve_apps.served_bundles import Base, ServedBundle, ServedBundles, base_of, require_base
 from serve_apps.whisper_app import WhisperDeployment, require_hearing
 

@@ -21,7 +21,7 @@ from serve_apps.config import ServeConfig
 from serve_apps.local_handle import LocalHandle
 from serve_apps.perception import Fingerprints
 from serve_apps.phi_app import PhiDeployment
-from serve_apps.phi_engine import require_servable
+from serve_apps.servable import require_servable
 from serve_apps.served_bundles import ServedBundle
 from serve_apps.whisper_app import WhisperDeployment, require_hearing
 

@@ -2,7 +2,7 @@
 
 In: `Message`s in which speech is already text, and one array of features for all images. Out: a stream of
 `EngineChunk`s. Renders with the renderer of training, embeds, and leaves decoding to an engine. Does not know
-HTTP, image files or sound.
+HTTP, image files or sound. PyTorch comes with the replica: what composes deployments knows this class too.
 """
 
 import asyncio
@@ -12,15 +12,13 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing
 from dataclasses import replace
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mmllm_core.config import parse_config
 from mmllm_core.conversation import IMAGE_TOKEN_ID, render
-from mmllm_core.engine.grammar import token_bytes
 from mmllm_core.engine.protocol import EngineChunk, EngineLoad, EngineRequest
 from serve_apps.config import PhiConfig
 from serve_apps.metrics import gauge
@@ -28,8 +26,10 @@ from serve_apps.observability_config import ObservabilityConfig
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import Base, ServedBundle, ServedBundles
 from serve_apps.tracing import Trace, start_tracing
-from serve_apps.voices import Voice, Voices
 from serve_apps.work_in_flight import WorkInFlight
+
+if TYPE_CHECKING:
+    from serve_apps.voices import Voice
 
 _log = logging.getLogger("ray.serve")
 
@@ -51,6 +51,8 @@ class PhiDeployment:
         config: PhiConfig,
         observability: ObservabilityConfig = ObservabilityConfig(),
     ):
+        from serve_apps.voices import Voices
+
         opened = next(iter(bundles.values())).open()
         self._device = config.device
         self._work, self._kv_use = WorkInFlight("text", "tokens"), gauge("mmllm_kv_use")
@@ -115,6 +117,8 @@ class PhiDeployment:
 
     def vocabulary(self) -> list[bytes]:
         """What each token stands for, by its id; a token may be a part of a character."""
+        from mmllm_core.engine.grammar import token_bytes
+
         return token_bytes(self._tokenizer)
 
     def load(self) -> EngineLoad:
@@ -138,9 +142,10 @@ class PhiDeployment:
         least, most = self._stream_intervals_s
         return max(least, min(most, least * self._voices.load().running / 4))
 
-    @torch.inference_mode()
-    def _request(self, prompt: Prompt, voice: Voice) -> EngineRequest:
+    def _request(self, prompt: Prompt, voice: "Voice") -> EngineRequest:
         """Render and embed a prompt."""
+        import torch
+
         rendered = render(
             prompt.messages,
             self._tokenizer,
@@ -152,11 +157,14 @@ class PhiDeployment:
         features = None
         if prompt.features is not None:
             features = torch.from_numpy(prompt.features.astype(np.float32)).to(self._device)
+        with torch.inference_mode():
+            embeddings = voice.model.embed(input_ids, features)[0]  # (t, d_model)
+            media = voice.model.media(input_ids, features)
         return EngineRequest(
             prompt.id,
-            voice.model.embed(input_ids, features)[0],  # (t, d_model)
+            embeddings,
             prompt.sampling,
-            voice.model.media(input_ids, features),
+            media,
             content=content_of(rendered.input_ids, prompt.features, voice.n_image_tokens),
             adapter=voice.adapter,
             namespace=voice.namespace,

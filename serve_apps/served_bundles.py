@@ -81,9 +81,23 @@ def require_base(base: Base, name: str, other: Bundle) -> None:
 
 
 def _words(bundle: Bundle) -> str:
-    """What tells a tokenizer from others; libraries write equal ones in several ways."""
-    tokenizer = bundle.tokenizer
-    told = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.added_tokens_decoder), tokenizer.chat_template]
+    """What tells a tokenizer from others; libraries write equal ones in several ways.
+
+    Read from its files where they are as bundles are saved: transformers takes seconds to import.
+    """
+    folder = bundle.folder / "tokenizer"
+    backend, template = folder / "tokenizer.json", folder / "chat_template.jinja"
+    if backend.is_file() and template.is_file():
+        from tokenizers import Tokenizer
+
+        words = Tokenizer.from_file(str(backend))
+        vocabulary, added = words.get_vocab(), words.get_added_tokens_decoder()
+        chat_template = template.read_text(encoding="utf-8")
+    else:
+        tokenizer = bundle.tokenizer
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+        chat_template = tokenizer.chat_template
+    told = [sorted(vocabulary.items()), sorted(added), chat_template]
     return blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
 

@@ -19,7 +19,8 @@ from mmllm_core.engine.protocol import Engine, EngineLoad
 from mmllm_core.errors import ConfigError
 from mmllm_core.model import MultimodalLM
 from serve_apps.config import PhiConfig
-from serve_apps.phi_engine import SharedBase, require_reloadable, require_servable, start_engine, start_shared
+from serve_apps.phi_engine import SharedBase, start_engine, start_shared
+from serve_apps.servable import require_reloadable, require_servable
 from serve_apps.served_bundles import Base, ServedBundle, base_of, require_base
 
 

@@ -22,7 +22,6 @@ from typing import Any
 from mmllm_core.config import Dtype, LanguageConfig, LoraConfig
 from mmllm_core.errors import EnvironmentLack
 from train_jobs.accelerators import CPU, Accelerator, measured_flops
-from train_jobs.deepspeed_ops import worker_environment
 
 LAYERS = 6
 """Some 64 MiB arenas are filled, and a few seconds pass."""
@@ -75,7 +74,7 @@ def rehearse(rehearsal: Rehearsal) -> Measured:
     Raises:
         EnvironmentLack: the libraries that workers load do not load or run here.
     """
-    environment = os.environ | worker_environment(gpu=False) | {"OMP_NUM_THREADS": "1"}  # as Ray gives a worker
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as Ray gives a worker
     done = subprocess.run(
         [sys.executable, "-m", "train_jobs.rehearsal"],
         input=json.dumps(asdict(rehearsal)),

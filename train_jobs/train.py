@@ -26,7 +26,6 @@ from mmllm_core.evaluation.accuracy import (
 )
 from mmllm_core.models.home import features_folder, home
 from mmllm_core.vision import file_sha256
-from train_jobs.deepspeed_ops import build_ops, worker_environment
 from train_jobs.held_out import HeldOutQuestions
 from train_jobs.launch import (
     Kept,
@@ -120,8 +119,6 @@ def _train(inputs: RunInputs, origins: Origins, recorded: RunInputs | None, *, d
     workers = Workers(recipe.workers, recipe.min_workers, recipe.gpus_per_worker, max_restarts=recipe.max_restarts)
     gpu = gpus_of_each(workers) > 0
     _require_data(recipe, profile, origins)
-    if not gpu:
-        build_ops()
     if not goes_on:
         shutil.rmtree(folder, ignore_errors=True)
         remove_run(storage, recipe.name)
@@ -133,7 +130,6 @@ def _train(inputs: RunInputs, origins: Origins, recorded: RunInputs | None, *, d
         origins=origins,
         features=features_folder(),
         folder=folder,
-        environment=worker_environment(gpu),
     )
     if goes_on:
         console.print(f"  going on with run '{recipe.name}' from its last checkpoint", highlight=False)

@@ -6,7 +6,6 @@ started again goes on from the last checkpoint as if nothing had been. Does not 
 
 import hashlib
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -57,7 +56,6 @@ class LoopConfig:
     """The feature store."""
     folder: Path
     """The run's: its log, and answers."""
-    environment: dict[str, str]
 
 
 def train_loop(values: dict[str, Any]) -> None:
@@ -69,7 +67,6 @@ def train_loop(values: dict[str, Any]) -> None:
     config = LoopConfig(**values)
     if read_notice(config.folder) is not None:
         return  # started again after an error that would only come again
-    os.environ.update(config.environment)  # DeepSpeed reads it when it is imported
     try:
         _Worker(config).train()
     except MmllmError as error:

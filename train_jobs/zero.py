@@ -4,6 +4,7 @@ In: a `MultimodalLM` whose trained parameters require gradients, and a `Recipe`.
 optimizer has a group for each trained part. Does not know data, steps or checkpoints.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from mmllm_core.config import Recipe
@@ -14,15 +15,30 @@ if TYPE_CHECKING:
 BETAS = (0.9, 0.99)
 
 
+def import_deepspeed(device: str) -> Any:
+    """DeepSpeed for models on `device` ("cpu" or "cuda"), which compiles nothing for CPUs.
+
+    Of itself it takes a Mac's GPU, whatever the model is on, and compiles its shared-memory collective as processes
+    join, with a compiler that there need not be; only tensor-parallel inference calls that one
+    (`TorchBackend.inference_all_reduce` of `deepspeed.comm.torch`).
+    """
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read as it is imported
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
     """Wrap a model; every worker does so at the same time.
 
     From stage 2 on, gradients of a step's micro-batches are added up in float32, so that how a step is cut changes
     rounding alone; below that DeepSpeed adds them up in the dtype that the model computes with.
     """
-    import deepspeed
     import torch
 
+    deepspeed = import_deepspeed(model.causal_lm.device.type)
     groups: list[dict[str, Any]] = [
         {"params": list(model.parameters_of(part)), "name": part, "lr": 0.0, "weight_decay": recipe.weight_decay}
         for part in recipe.trained
@@ -31,7 +47,7 @@ def initialise_deepspeed(model: "MultimodalLM", recipe: Recipe) -> Any:
     bf16 = model.connector.dtype == torch.bfloat16
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=_optimizer(groups, recipe, str(model.causal_lm.device)),
+        optimizer=_optimizer(groups, recipe, model.causal_lm.device.type),
         config={
             "train_micro_batch_size_per_gpu": recipe.micro_batch,
             "gradient_clipping": recipe.max_grad_norm,

@@ -14,7 +14,6 @@ from typing import Any
 
 from tests.train_jobs.engines import BATCH_SIZE, in_workers
 from tests.train_jobs.test_checkpoint import Part, run_parts
-from train_jobs.deepspeed_ops import build_ops, worker_environment
 
 STAGES, MICRO_BATCHES = (2, 3), (BATCH_SIZE, 2, 1)
 
@@ -23,7 +22,6 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    build_ops()
     losses: dict[int, dict[int, list[float]]] = {}
     with tempfile.TemporaryDirectory() as place:
         parts = {
@@ -31,7 +29,7 @@ def main() -> None:
             for stage in STAGES
             for n in MICRO_BATCHES
         }
-        in_workers(run_parts, list(parts.values()), world=1, environment=worker_environment(gpu=False))
+        in_workers(run_parts, list(parts.values()), world=1)
         for (stage, n), part in parts.items():
             losses.setdefault(stage, {})[n] = json.loads((part.target / "losses.json").read_text())
     found: dict[str, Any] = {

@@ -15,15 +15,11 @@ MARK = "made-by-a-bench"
 
 @contextmanager
 def scratch_home() -> Iterator[Path]:
-    """An empty home for a while, but for mmllm's own packages and compiled op, which are made there if they lack."""
-    from train_jobs.deepspeed_ops import build_ops
-
-    build_ops()
+    """An empty home for a while, but for mmllm's own packages."""
     with tempfile.TemporaryDirectory(prefix="mmllm-bench-") as place:
-        for name in ("packages", "torch_extensions"):
-            kept = home() / name
-            kept.mkdir(parents=True, exist_ok=True)
-            (Path(place) / name).symlink_to(kept)
+        kept = home() / "packages"
+        kept.mkdir(parents=True, exist_ok=True)
+        (Path(place) / kept.name).symlink_to(kept)
         yield Path(place)
 
 

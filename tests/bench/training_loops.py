@@ -84,16 +84,14 @@ class Setup:
 
 
 def prepare() -> None:
-    """Make what training needs and the home lacks: DeepSpeed's op, and features; CLIP must be there."""
+    """Store the features that training needs, if the home lacks any; CLIP must be there."""
     from cluster.local import local_ray
     from mmllm_core.data.mixture import image_paths
     from mmllm_core.models.home import features_folder
-    from train_jobs.deepspeed_ops import build_ops
     from train_jobs.embed_images import embed_recipe
     from train_jobs.stored_features import StoredFeatures
 
     setup = Setup.of(1)
-    build_ops()
     features = StoredFeatures(features_folder(), setup.origins.fingerprint, setup.profile.vision.max_pixels)
     if features.known_lack(image_paths(setup.recipe.data)) is not None:
         with local_ray():
@@ -108,7 +106,6 @@ def ray_train_steps(setup: Setup, loop: Callable[[dict[str, Any]], None] | None 
     """
     from cluster.local import local_ray
     from mmllm_core.models.home import features_folder
-    from train_jobs.deepspeed_ops import worker_environment
     from train_jobs.launch import Kept, Workers, run_workers
     from train_jobs.progress import following, read_metrics, step_lines
     from train_jobs.run_folders import LOG
@@ -123,7 +120,6 @@ def ray_train_steps(setup: Setup, loop: Callable[[dict[str, Any]], None] | None 
             origins=setup.origins,
             features=features_folder(),
             folder=log.parent,
-            environment=worker_environment(gpu=False),
         )
         with following(log, recipe.steps, RUN):
             run_workers(

@@ -15,7 +15,7 @@ import yaml
 from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from tests.cluster.hosts import ISOLATED
-from tests.train_jobs.conftest import TinyRecipe, compiled_ops, tiny_home, tiny_recipe  # noqa: F401
+from tests.train_jobs.conftest import TinyRecipe, tiny_home, tiny_recipe  # noqa: F401
 from train_jobs.progress import step_lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

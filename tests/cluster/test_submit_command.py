@@ -18,7 +18,7 @@ from cluster.job_submission import jobs_of
 from cluster.local_cluster import local_cluster
 from cluster.ray_record import RunningRay
 from mmllm_core.bundle import Bundle
-from tests.train_jobs.conftest import TinyRecipe, compiled_ops, tiny_home, tiny_recipe  # noqa: F401
+from tests.train_jobs.conftest import TinyRecipe, tiny_home, tiny_recipe  # noqa: F401
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_shared_home")]
 

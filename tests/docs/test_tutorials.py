@@ -20,7 +20,6 @@ from mmllm_core.models.profile import load_profile
 from mmllm_core.models.resolve import resolve
 from tests.docs.markdown import ROOT, Block, blocks
 from tests.mmllm_core.interop.conftest import checkpoint  # noqa: F401, fixture
-from tests.train_jobs.conftest import compiled_ops  # noqa: F401, fixture
 
 pytestmark = pytest.mark.slow
 
@@ -120,8 +119,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reader:
 
 
 @pytest.mark.timeout(1200)  # six commands that each start Ray, one after another
-def test_own_data(reader: Reader, compiled_ops: dict[str, str]) -> None:  # noqa: F811
-    (reader.folder.parent / "home" / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
+def test_own_data(reader: Reader) -> None:
     reader.follow("own-data.md")
 
 

@@ -127,6 +127,6 @@ def test_a_cache_without_room_remembers_nothing() -> None:
     assert cache.get("a") is None
 
 
-def test_the_http_side_does_not_load_torch() -> None:
-    script = "import sys, serve_apps.assistant_app; sys.exit('torch' in sys.modules)"
+def test_what_composes_the_deployments_and_the_http_side_load_no_torch() -> None:
+    script = "import sys, serve_apps.builder, serve_apps.assistant_app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

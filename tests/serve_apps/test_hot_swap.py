@@ -2,7 +2,9 @@
 
 import asyncio
 import concurrent.futures
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -136,6 +138,19 @@ def test_an_answer_on_its_way_ends_by_the_bundle_that_it_began_with(bundle: Bund
 
 async def _say(phi: PhiDeployment) -> list[int]:
     return [token async for chunk in phi.generate(PROMPT) for token in chunk.token_ids]
+
+
+def test_a_tokenizer_is_the_same_however_it_is_written(bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.folder / "tokenizer", tmp_path / "tokenizer")
+    template, config = tmp_path / "tokenizer/chat_template.jinja", tmp_path / "tokenizer/tokenizer_config.json"
+    words = base_of(bundle)["tokenizer"]
+    assert base_of(Bundle(tmp_path, bundle.info))["tokenizer"] == words
+    as_before = json.loads(config.read_text()) | {"chat_template": template.read_text()}
+    template.unlink()  # older versions of transformers wrote it into the config
+    config.write_text(json.dumps(as_before))
+    assert base_of(Bundle(tmp_path, bundle.info))["tokenizer"] == words
+    config.write_text(json.dumps(as_before | {"chat_template": "{{ messages }}"}))
+    assert base_of(Bundle(tmp_path, bundle.info))["tokenizer"] != words
 
 
 def test_a_bundle_of_another_base_is_refused_and_says_what_differs(bundle: Bundle, other: Bundle) -> None:

@@ -15,24 +15,13 @@ from mmllm_core.data import easy_vqa
 from mmllm_core.models.home import home
 from mmllm_core.models.profile import load_profile
 from tests.conftest import MakeTokenizer
-from train_jobs.deepspeed_ops import build_ops, worker_environment
 
 TinyRecipe = Callable[..., Recipe]
-
-
-@pytest.fixture(scope="session")
-def compiled_ops() -> dict[str, str]:
-    """The environment of workers with DeepSpeed's op, compiled once, in the usual home."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MMLLM_HOME", raising=False)
-        build_ops()
-        return worker_environment(gpu=False)
 
 
 @pytest.fixture(scope="module")
 def tiny_home(
     tmp_path_factory: pytest.TempPathFactory,
-    compiled_ops: dict[str, str],
     make_tokenizer: MakeTokenizer,
     tiny_clip: Callable[..., Path],
 ) -> Iterator[Path]:
@@ -41,7 +30,6 @@ def tiny_home(
     folder = tmp_path_factory.mktemp("home")
     easy_vqa.fetch()
     (folder / "packages").symlink_to(home() / "packages")
-    (folder / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
     save_tiny_lm(make_tokenizer("chatml"), folder / "lm")
     values = load_profile("embedded").model_dump(mode="json")
     values["vision"] |= {"source": {"kind": "path", "path": str(tiny_clip())}, "merge": 2}

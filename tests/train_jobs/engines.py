@@ -1,4 +1,4 @@
-"""DeepSpeed engines of a tiny model in processes of their own, with gloo between them and no Ray."""
+"""DeepSpeed engines of a tiny model in processes of their own, with gloo between them, no Ray and no compiler."""
 
 import os
 import random
@@ -15,31 +15,26 @@ from mmllm_core.conversation import IMAGE_TOKEN_ID, Rendered
 from mmllm_core.data.batching import Encoded
 from mmllm_core.language import add_adapter
 from mmllm_core.model import MultimodalLM
+from train_jobs.zero import import_deepspeed
 
 Work = Callable[[int, Any], None]
 BATCH_SIZE = 6
 
 
-def in_workers(work: Work, argument: Any, *, world: int, environment: dict[str, str]) -> None:
-    """Run `work(rank, argument)` in as many processes, which can call `deepspeed.initialize`.
-
-    Args:
-        environment: of `train_jobs.deepspeed_ops`, whose ops are compiled.
-    """
+def in_workers(work: Work, argument: Any, *, world: int) -> None:
+    """Run `work(rank, argument)` in as many processes, which can call `deepspeed.initialize`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_prepare, (work, argument, world, environment, port), nprocs=world)
+    torch.multiprocessing.spawn(_prepare, (work, argument, world, port), nprocs=world)
 
 
-def _prepare(rank: int, work: Work, argument: Any, world: int, environment: dict[str, str], port: int) -> None:
-    os.environ.update(environment)
+def _prepare(rank: int, work: Work, argument: Any, world: int, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import deepspeed
-
+    os.environ["PATH"] = ""  # what would be compiled is an error
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo")
+    import_deepspeed("cpu").init_distributed("gloo")
     work(rank, argument)
     torch.distributed.barrier()
 

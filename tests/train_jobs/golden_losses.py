@@ -32,9 +32,6 @@ def recipes() -> list[str]:
 
 def first_losses(name: str, count: int = N_LOSSES) -> list[float]:
     """Losses of a recipe's first steps, by one worker."""
-    from train_jobs.deepspeed_ops import build_ops
-
-    build_ops()
     with tempfile.TemporaryDirectory() as place:
         torch.multiprocessing.spawn(_train, (name, count, place, str(home())), nprocs=1)
         found: list[float] = json.loads((Path(place) / "losses.json").read_text())
@@ -42,12 +39,8 @@ def first_losses(name: str, count: int = N_LOSSES) -> list[float]:
 
 
 def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> None:
-    from train_jobs.deepspeed_ops import worker_environment
-
     os.environ["MMLLM_HOME"] = home_folder
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    os.environ.update(worker_environment(gpu=False))
-    import deepspeed
     import torch.distributed as dist
 
     from mmllm_core.language import load_tokenizer
@@ -60,11 +53,11 @@ def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> N
     from train_jobs.training_data import Encoding, step_batches
     from train_jobs.training_step import seed_step, training_step
     from train_jobs.word_alignment_stage import align_connector
-    from train_jobs.zero import initialise_deepspeed
+    from train_jobs.zero import import_deepspeed, initialise_deepspeed
 
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    deepspeed.init_distributed("gloo")
+    import_deepspeed("cpu").init_distributed("gloo")
     recipe = load_training_recipe(name)
     profile = recipe_profile(recipe)
     profile = profile.model_copy(update={"language": profile.language.model_copy(update={"dtype": "float32"})})

@@ -64,23 +64,23 @@ def named(case: tuple[dict[str, Any], str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, str]) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of runs that go through, that are cut into micro-batches, and that are resumed in new processes."""
     place = tmp_path_factory.mktemp("runs")
     whole = {named(case): Part(*case, 0, 4, place / f"whole-{named(case)}") for case in CASES}
     cut = [Part(*case, 0, 4, place / f"cut-{named(case)}", micro_batch=2) for case in MOVED]
-    in_workers(run_parts, [*whole.values(), *cut], world=1, environment=compiled_ops)
+    in_workers(run_parts, [*whole.values(), *cut], world=1)
     resumed = [Part(*case, 2, 4, place / f"resumed-{named(case)}", whole[named(case)].checkpoint(2)) for case in CASES]
-    in_workers(run_parts, resumed, world=1, environment=compiled_ops)
+    in_workers(run_parts, resumed, world=1)
     wider = [
         Part(*case, 2, 3, place / f"wider-{named(case)}", whole[named(case)].checkpoint(2), world=2) for case in MOVED
     ]
-    in_workers(run_parts, wider, world=2, environment=compiled_ops)
+    in_workers(run_parts, wider, world=2)
     last = [
         Part(*case, 3, 4, place / f"last-{named(case)}", part.checkpoint(3))
         for case, part in zip(MOVED, wider, strict=True)
     ]
-    in_workers(run_parts, last, world=1, environment=compiled_ops)
+    in_workers(run_parts, last, world=1)
     return place
 
 
@@ -154,9 +154,9 @@ def _run(rank: int, part: Part) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_disk_that_takes_no_more_is_a_named_error_and_leaves_the_last_checkpoint(
-    compiled_ops: dict[str, str], tmp_path: Path
+    tmp_path: Path
 ) -> None:
-    in_workers(_fill_the_disk, tmp_path, world=1, environment=compiled_ops)
+    in_workers(_fill_the_disk, tmp_path, world=1)
     said = (tmp_path / "said").read_text()
     assert f"step 2: the checkpoint cannot be written to {tmp_path / 'second'}" in said
     assert "File too large" in said

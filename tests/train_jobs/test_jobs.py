@@ -47,7 +47,7 @@ CLIP = {
 
 @pytest.fixture(scope="module")
 def profile(
-    tmp_path_factory: pytest.TempPathFactory, compiled_ops: dict[str, str], home_of_the_module: None
+    tmp_path_factory: pytest.TempPathFactory, home_of_the_module: None
 ) -> Iterator[Path]:
     """A profile file of tiny models in a home of its own; packages come from the usual home."""
     quieten()
@@ -56,7 +56,6 @@ def profile(
     tokenizer_folder = resolve(embedded.language.source)
     easy_vqa.fetch()
     (folder / "packages").symlink_to(home() / "packages")
-    (folder / "torch_extensions").symlink_to(compiled_ops["TORCH_EXTENSIONS_DIR"])
     os.environ["MMLLM_HOME"] = str(folder)
     from transformers import AutoTokenizer
 

@@ -51,9 +51,9 @@ def work(rank: int, folder: Path) -> None:
 
 
 def test_a_worker_with_text_alone_keeps_step_with_one_that_has_images(
-    compiled_ops: dict[str, str], tmp_path: Path
+    tmp_path: Path
 ) -> None:
-    in_workers(work, tmp_path, world=2, environment=compiled_ops)
+    in_workers(work, tmp_path, world=2)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == other
     for connector in CONNECTORS:

@@ -83,10 +83,10 @@ def train(rank: int, case: Case) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def results(compiled_ops: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Of each case and worker, what each step gave."""
     folder = tmp_path_factory.mktemp("results")
-    in_workers(work, folder, world=2, environment=compiled_ops)
+    in_workers(work, folder, world=2)
     return {case: [json.loads(case.file(folder, rank).read_text()) for rank in range(2)] for case in ALL}
 
 

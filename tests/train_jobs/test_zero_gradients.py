@@ -21,6 +21,7 @@ from mmllm_core.model import MultimodalLM
 from mmllm_core.vision import ClipEncoder
 from tests.conftest import TinyLM
 from tests.train_jobs.engines import in_workers
+from train_jobs.zero import import_deepspeed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -95,10 +96,8 @@ def one_process(lm_folder: Path, clip_folder: Path, *, adapter: bool) -> list[fl
 
 def under_zero(worker: int, lm_folder: Path, clip_folder: Path, stage: int, *, adapter: bool) -> list[float]:
     """Losses of the same steps, shared by two workers that pack their batches."""
-    import deepspeed
-
     model, clip = build(lm_folder, clip_folder, adapter=adapter)
-    engine, *_ = deepspeed.initialize(
+    engine, *_ = import_deepspeed("cpu").initialize(
         model=model,
         optimizer=torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE),
         config={
@@ -129,12 +128,12 @@ def work(worker: int, folders: tuple[Path, Path, Path]) -> None:
 
 
 def test_losses_equal_those_of_one_process(
-    compiled_ops: dict[str, str], tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tmp_path: Path
+    tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tmp_path: Path
 ) -> None:
     lm_folder, clip_folder = tmp_path / "lm", tiny_clip()
     tiny_lm("phi").save_pretrained(lm_folder)
     expected = {adapter: one_process(lm_folder, clip_folder, adapter=adapter) for adapter in (False, True)}
     assert all(abs(losses[0] - losses[-1]) > 0.01 for losses in expected.values())
-    in_workers(work, (lm_folder, clip_folder, tmp_path), world=2, environment=compiled_ops)
+    in_workers(work, (lm_folder, clip_folder, tmp_path), world=2)
     for (stage, adapter), found in zip(CASES, np.load(tmp_path / "losses.npy"), strict=True):
         assert np.allclose(found, expected[adapter], rtol=1e-5), f"stage {stage}, adapter {adapter}"
