@@ -153,9 +153,7 @@ def _run(rank: int, part: Part) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_disk_that_takes_no_more_is_a_named_error_and_leaves_the_last_checkpoint(
-    tmp_path: Path
-) -> None:
+def test_a_disk_that_takes_no_more_is_a_named_error_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     in_workers(_fill_the_disk, tmp_path, world=1)
     said = (tmp_path / "said").read_text()
     assert f"step 2: the checkpoint cannot be written to {tmp_path / 'second'}" in said

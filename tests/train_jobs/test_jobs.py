@@ -46,9 +46,7 @@ CLIP = {
 
 
 @pytest.fixture(scope="module")
-def profile(
-    tmp_path_factory: pytest.TempPathFactory, home_of_the_module: None
-) -> Iterator[Path]:
+def profile(tmp_path_factory: pytest.TempPathFactory, home_of_the_module: None) -> Iterator[Path]:
     """A profile file of tiny models in a home of its own; packages come from the usual home."""
     quieten()
     folder = tmp_path_factory.mktemp("home")

@@ -50,9 +50,7 @@ def work(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(losses))
 
 
-def test_a_worker_with_text_alone_keeps_step_with_one_that_has_images(
-    tmp_path: Path
-) -> None:
+def test_a_worker_with_text_alone_keeps_step_with_one_that_has_images(tmp_path: Path) -> None:
     in_workers(work, tmp_path, world=2)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == other

@@ -127,9 +127,7 @@ def work(worker: int, folders: tuple[Path, Path, Path]) -> None:
         np.save(results / "losses.npy", np.array(found))
 
 
-def test_losses_equal_those_of_one_process(
-    tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_losses_equal_those_of_one_process(tiny_lm: TinyLM, tiny_clip: Callable[..., Path], tmp_path: Path) -> None:
     lm_folder, clip_folder = tmp_path / "lm", tiny_clip()
     tiny_lm("phi").save_pretrained(lm_folder)
     expected = {adapter: one_process(lm_folder, clip_folder, adapter=adapter) for adapter in (False, True)}
