@@ -1,4 +1,6 @@
-"""A real service for the tests: a tiny bundle on real Ray Serve, spoken to over HTTP.
+"""A real service for the tests: a tiny bundle, spoken to over HTTP, on real Ray Serve or in the test's own process.
+
+What processes and Serve do is tested on Serve, of which each start takes a minute; what the API says, in one process.
 
 The LM and the CLIP tower are tiny and random; the tokenizer and Whisper are the embedded profile's own.
 """
@@ -9,8 +11,8 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -137,6 +139,25 @@ def own_serve(
 def service(bundle: Bundle, serve_port: int) -> Service:
     """The embedded config, chat page included, with a small limit on bodies."""
     return deploy(bundle, "mmllm", "/", {"http.port": serve_port, "limits.max_body_bytes": 2_000_000})
+
+
+ServeHere = Callable[[Bundle, dict[str, Any]], Service]
+
+
+@pytest.fixture(scope="module")
+def serve_here() -> Iterator[ServeHere]:
+    """Serve bundles in this process by the embedded config, changed as said, until the module ends."""
+    from serve_apps.config_files import load_serve_config
+    from serve_apps.in_process import serving_in_process
+
+    with ExitStack() as services:
+
+        def serve(bundle: Bundle, overrides: dict[str, Any]) -> Service:
+            config = load_serve_config("embedded", {"ui": False, "phi.kv_cache_bytes": 60_000_000} | overrides)
+            url = services.enter_context(serving_in_process(bundle, config))
+            return Service(url, bundle.info.name, "in process")
+
+        yield serve
 
 
 @pytest.fixture(scope="module")

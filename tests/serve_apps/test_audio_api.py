@@ -13,9 +13,10 @@ import numpy as np
 import openai
 import pytest
 
+from mmllm_core.bundle import Bundle
 from mmllm_core.evaluation.speech_synthesis import EspeakSpeaker, EspeakVoice
 from mmllm_core.evaluation.wer import word_error_rate
-from tests.serve_apps.conftest import Service, build_tiny_bundle, deploy, image_uri, wav
+from tests.serve_apps.conftest import ServeHere, Service, build_tiny_bundle, image_uri, wav
 from tests.spoken_sentences import SENTENCES, joined_recordings
 from tests.whisper_weights import whisper_base
 
@@ -23,6 +24,11 @@ pytestmark = pytest.mark.slow
 
 SAID = "never do it for free"
 URL = "/v1/audio/transcriptions"
+
+
+@pytest.fixture(scope="module")
+def service(bundle: Bundle, serve_here: ServeHere) -> Service:
+    return serve_here(bundle, {"limits.max_body_bytes": 2_000_000})
 
 
 def post(service: Service, url: str = URL, file: Any = None, **fields: Any) -> httpx.Response:
@@ -133,11 +139,10 @@ def test_who_leaves_a_stream_keeps_nobody_waiting(service: Service, speech: byte
 
 
 @pytest.fixture(scope="module")
-def multilingual_service(service: Service, serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Service:
+def multilingual_service(service: Service, serve_here: ServeHere, tmp_path_factory: pytest.TempPathFactory) -> Service:
     """A service that hears other languages than English, and nothing longer than 20 seconds."""
     bundle = build_tiny_bundle(tmp_path_factory.mktemp("home"), whisper_base())
-    limits = {"limits.max_transcription_seconds": 20, "limits.max_body_bytes": 2_000_000}
-    return deploy(bundle, "multilingual", "/multilingual", {"http.port": serve_port, "ui": False} | limits)
+    return serve_here(bundle, {"limits.max_transcription_seconds": 20, "limits.max_body_bytes": 2_000_000})
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Embeddings on a real service: images and texts in one space, with the client that callers use."""
+"""Embeddings over HTTP: images and texts in one space, with the client that callers use."""
 
 import base64
 import concurrent.futures
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mmllm_core.bundle import Bundle
-from tests.serve_apps.conftest import Service, data_uri, deploy, image_part, image_uri, text_part
+from tests.serve_apps.conftest import ServeHere, Service, data_uri, image_part, image_uri, text_part
 
 pytestmark = pytest.mark.slow
 
@@ -21,15 +21,9 @@ WIDTH = 32
 
 
 @pytest.fixture(scope="module")
-def service(bundle: Bundle, serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Service:
-    settings = {
-        "http.port": serve_port,
-        "ui": False,
-        "files.folder": str(tmp_path_factory.mktemp("files")),
-        "limits.max_body_bytes": 2_000_000,
-        "limits.max_embeddings": 20,
-    }
-    return deploy(bundle, "embeddings", "/", settings)
+def service(bundle: Bundle, serve_here: ServeHere, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    limits = {"limits.max_body_bytes": 2_000_000, "limits.max_embeddings": 20}
+    return serve_here(bundle, {"files.folder": str(tmp_path_factory.mktemp("files"))} | limits)
 
 
 def vectors(service: Service, given: Any, **fields: Any) -> "np.ndarray[Any, Any]":
@@ -170,7 +164,9 @@ def test_a_body_that_is_too_large_is_refused(service: Service) -> None:
     assert httpx.post(f"{service.base_url}/v1/embeddings", json=body).status_code == 413
 
 
-def test_a_bundle_without_a_text_tower_embeds_images_alone(bundle: Bundle, serve_port: int, tmp_path: Path) -> None:
+def test_a_bundle_without_a_text_tower_embeds_images_alone(
+    bundle: Bundle, serve_here: ServeHere, tmp_path: Path
+) -> None:
     from transformers import AutoConfig
 
     from mmllm_core.bundle import save_bundle
@@ -187,7 +183,7 @@ def test_a_bundle_without_a_text_tower_embeds_images_alone(bundle: Bundle, serve
     other = save_bundle(
         info, bundle.load_connector(lm_config), bundle.tokenizer, vision_weights=tmp_path / "clip", make_latest=False
     )
-    service = deploy(other, "images-alone", "/alone", {"http.port": serve_port, "ui": False, "files": None})
+    service = serve_here(other, {"files": None})
     assert vectors(service, image_uri()).shape == (1, WIDTH)
     with pytest.raises(openai.BadRequestError, match="no text tower") as caught:
         vectors(service, [image_uri(), "red"])

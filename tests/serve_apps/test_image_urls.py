@@ -1,7 +1,8 @@
-"""Images by https URL in chats on a real service that trusts a test's own authority and this machine's address."""
+"""Images by https URL in chats, by a service that trusts a test's own authority and this machine's address."""
 
 import asyncio
 import base64
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ import httpx
 import pytest
 
 from mmllm_core.bundle import Bundle
-from serve_apps import builder
+from serve_apps import in_process
 from serve_apps.assistant_app import Assistant
+from serve_apps.image_fetch import ImageFetcher
 from tests.serve_apps.certificates import Authority
-from tests.serve_apps.conftest import Service, deploy, free_port, image_part, image_uri, text_part
+from tests.serve_apps.conftest import ServeHere, Service, free_port, image_part, image_uri, text_part
 
 pytestmark = pytest.mark.slow
 
@@ -46,28 +48,23 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path
 
 
 @pytest.fixture(scope="module")
-def service(bundle: Bundle, serve_port: int, server: tuple[int, Path, list[bytes]]) -> Service:
+def service(bundle: Bundle, serve_here: ServeHere, server: tuple[int, Path, list[bytes]]) -> Service:
     port, ca_file, _ = server
-    ca = str(ca_file)
 
     class Trusting(Assistant):
         """Looks every name up here; nothing that a request or a config says can do that."""
 
         def __init__(self, *args: Any):
-            import ssl
-
-            from serve_apps.image_fetch import ImageFetcher
-
             super().__init__(*args)
             assert self.config.image_urls is not None
-            trusted = ssl.create_default_context(cafile=ca)
+            trusted = ssl.create_default_context(cafile=str(ca_file))
             self._perceiver._fetcher = ImageFetcher(
                 self.config.image_urls, lambda *_: ["127.0.0.1"], lambda address: address == "127.0.0.1", trusted
             )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builder, "Assistant", Trusting)
-        return deploy(bundle, "urls", "/", {"http.port": serve_port, "ui": False, "image_urls": {"ports": [port, 443]}})
+        patch.setattr(in_process, "Assistant", Trusting)
+        return serve_here(bundle, {"image_urls": {"ports": [port, 443]}})
 
 
 def test_an_image_at_a_url_answers_as_the_image_itself(service: Service, server: tuple[int, Path, list[bytes]]) -> None:

@@ -14,7 +14,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.generation import GenerationMode
 
 from mmllm_core.bundle import Bundle
-from tests.serve_apps.conftest import Service, deploy
+from tests.serve_apps.conftest import ServeHere, Service
 
 pytestmark = pytest.mark.slow
 
@@ -42,14 +42,9 @@ WANTED = ("not_a_server_error", "status_code_conformance", "content_type_conform
 
 
 @pytest.fixture(scope="module")
-def described(bundle: Bundle, serve_port: int, tmp_path_factory: pytest.TempPathFactory) -> Service:
-    overrides = {
-        "http.port": serve_port,
-        "ui": False,
-        "limits.default_max_tokens": 4,
-        "files": {"folder": str(tmp_path_factory.mktemp("files"))},
-    }
-    return deploy(bundle, "described", "/", overrides)
+def described(bundle: Bundle, serve_here: ServeHere, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    files = {"folder": str(tmp_path_factory.mktemp("files"))}
+    return serve_here(bundle, {"limits.default_max_tokens": 4, "files": files})
 
 
 def test_every_operation_is_listed(described: Service) -> None:

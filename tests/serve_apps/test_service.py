@@ -118,6 +118,31 @@ def test_load_generators_are_served_as_vllm_serves_them(service: Service) -> Non
     assert 0 < counts[0] < counts[-1] == closing.usage.completion_tokens == 20
 
 
+def test_texts_and_images_are_embedded_and_a_bad_one_is_named(service: Service) -> None:
+    create = service.client().embeddings.create
+    reply = create(model="tiny", input=["a red circle", image_uri("red")])
+    assert [len(row.embedding) for row in reply.data] == [32, 32]
+    for bad in (data_uri(b"no image"), "word " * 30):
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(model="tiny", input=["red", bad])
+        assert caught.value.param == "input.1"
+
+
+def test_speech_is_written_down_whole_and_as_it_is_heard(service: Service, speech: bytes) -> None:
+    create = service.client().audio.transcriptions.create
+    whole = create(model="tiny", file=("a.mp3", speech))
+    assert SAID in whole.text
+    body = {"files": {"file": ("a.mp3", speech)}, "data": {"model": "tiny", "stream": "true"}}
+    with httpx.stream("POST", f"{service.base_url}/v1/audio/transcriptions", timeout=60, **body) as left:
+        assert "transcript.text.delta" in next(left.iter_lines())
+    *deltas, done = create(model="tiny", file=("a.mp3", speech), stream=True)
+    assert "".join(delta.delta for delta in deltas) == done.text == whole.text
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as caught:
+            create(model="tiny", file=("a.mp3", b"no sound"), stream=stream)
+        assert (caught.value.code, caught.value.param) == ("invalid_audio", "file")
+
+
 def test_readiness_is_a_real_answer_of_each_part(service: Service) -> None:
     reply = httpx.get(f"{service.base_url}/readyz", timeout=60)
     assert reply.status_code == 200
