@@ -21,6 +21,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from mmllm_core.bundle import Bundle, BundleInfo, save_bundle
@@ -135,6 +136,13 @@ def own_serve(
             end_quietly(ray.shutdown)
 
 
+NO_SOUND = {"whisper.autoscaling.min_replicas": 0}
+"""Whisper is not started, for nobody speaks."""
+TEXT_ALONE = NO_SOUND | {"ui": False, "clip.autoscaling.min_replicas": 0}
+"""Neither are CLIP and the chat page."""
+SMALL_LM = {"phi.threads": 1, "phi.kv_cache_bytes": 60_000_000}
+
+
 @pytest.fixture(scope="module")
 def service(bundle: Bundle, serve_port: int) -> Service:
     """The embedded config, chat page included, with a small limit on bodies."""
@@ -163,9 +171,8 @@ def serve_here() -> Iterator[ServeHere]:
 @pytest.fixture(scope="module")
 def hasty_service(bundle: Bundle, serve_port: int) -> Service:
     """A service with little time for a request, which answers one at a time and lets one wait."""
-    overrides = {
+    overrides = TEXT_ALONE | {
         "http.port": serve_port,
-        "ui": False,
         "limits.request_timeout_s": 2,
         "phi.autoscaling": None,
         "phi.max_ongoing_requests": 1,
@@ -243,6 +250,15 @@ def deploy(bundle: Bundle, name: str, prefix: str, overrides: dict[str, Any]) ->
     config = load_serve_config("embedded", {"http.proxy": there} | overrides)
     serve.run(build(config, bundle.folder), name=name, route_prefix=prefix)
     return Service(config.http.base_url + prefix.rstrip("/"), bundle.info.name, name)
+
+
+def config_file(folder: Path, overrides: dict[str, Any]) -> Path:
+    """The embedded config, changed as said, as a file of one's own for `mmllm serve --profile`."""
+    from serve_apps.config_files import load_serve_config
+
+    path = folder / "serve.yaml"
+    path.write_text(yaml.safe_dump(load_serve_config("embedded", overrides).model_dump(mode="json")), encoding="utf-8")
+    return path
 
 
 def build_tiny_bundle(home: Path, whisper: Path | None = None) -> Bundle:

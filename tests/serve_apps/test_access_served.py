@@ -17,7 +17,7 @@ from gradio_client import Client
 from mmllm_core.bundle import Bundle
 from serve_apps.api_keys import ApiKey, add_key, remove_key
 from serve_apps.limits import Limits
-from tests.serve_apps.conftest import SERVE_AND_LONG_HAPROXY, Proxy, Service, deploy, own_serve, page_answer
+from tests.serve_apps.conftest import SERVE_AND_LONG_HAPROXY, TEXT_ALONE, Proxy, Service, deploy, own_serve, page_answer
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("proxy", SERVE_AND_LONG_HAPROXY, indirect=True, scope="module")]
 
@@ -53,8 +53,9 @@ def keyed(bundle: Bundle, serve_port: int, tmp_path_factory: pytest.TempPathFact
         "access.keys_file": str(file),
         "access.cors_origins": ["https://chat.example"],
         "limits.body_timeout_s": LIMITS.body_timeout_s,
+        "ui": True,
     }
-    return Keyed(deploy(bundle, "keyed", "/", overrides), file)
+    return Keyed(deploy(bundle, "keyed", "/", TEXT_ALONE | overrides), file)
 
 
 def test_the_client_is_answered_with_a_key_and_not_without(keyed: Keyed) -> None:

@@ -21,11 +21,10 @@ from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle
 from tests.serve_apps.bundles import adapted
-from tests.serve_apps.conftest import Service, deploy, image_part, image_uri, text_part
+from tests.serve_apps.conftest import NO_SOUND, SMALL_LM, Service, deploy, image_part, image_uri, text_part
 
 QUESTIONS = ["Hello", "Who are you?", "Where does the river rise?"]
 PICTURE = [image_part(image_uri("red")), text_part("What is it?")]
-SMALL = {"phi.threads": 1, "phi.kv_cache_bytes": 60_000_000}
 N = 16
 
 
@@ -44,12 +43,12 @@ def fleet(bundle: Bundle, others: dict[str, Bundle], serve_port: int) -> Service
         "phi.adapters": {name: str(other.folder) for name, other in others.items()},
         "phi.adapters_in_memory": 2,
     }
-    return deploy(bundle, "mmllm", "/", overrides | SMALL)
+    return deploy(bundle, "mmllm", "/", overrides | NO_SOUND | SMALL_LM)
 
 
 def alone(bundle: Bundle) -> dict[str, str]:
     """The answers of a bundle that is served by itself, its adapter not merged."""
-    config = load_serve_config("embedded", SMALL | {"phi.merged": False}).phi
+    config = load_serve_config("embedded", SMALL_LM | {"phi.merged": False}).phi
     phi = PhiDeployment({"alone": ServedBundle.of(bundle)}, config)
 
     async def say(question: str) -> str:

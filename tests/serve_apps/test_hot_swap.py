@@ -24,9 +24,10 @@ from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_base
 from tests.serve_apps.bundles import adapted
-from tests.serve_apps.conftest import Service, deploy, image_part, image_uri, text_part
+from tests.serve_apps.conftest import NO_SOUND, SMALL_LM, Service, deploy, image_part, image_uri, text_part
 
-CONFIG = load_serve_config("embedded", {"phi.threads": 1, "phi.kv_cache_bytes": 60_000_000})
+ALIKE = NO_SOUND | SMALL_LM | {"ui": False}
+CONFIG = load_serve_config("embedded", ALIKE)
 PROMPT = Prompt("a", (Message.text("user", "Tell me all."),), None, SamplingParams(max_tokens=600))
 
 
@@ -37,14 +38,7 @@ def other(bundle: Bundle) -> Bundle:
 
 @pytest.fixture(scope="module")
 def swapped_service(bundle: Bundle, serve_port: int) -> Service:
-    overrides = {
-        "http.port": serve_port,
-        "ui": False,
-        "phi.autoscaling": None,
-        "phi.threads": 1,
-        "phi.kv_cache_bytes": 60_000_000,
-    }
-    return deploy(bundle, "mmllm", "/", overrides)
+    return deploy(bundle, "mmllm", "/", ALIKE | {"http.port": serve_port, "phi.autoscaling": None})
 
 
 def say(service: Service, content: Any, n: int = 12) -> str:
@@ -90,7 +84,7 @@ def test_another_bundle_answers_without_a_failed_request(
     assert long_before in heard
     assert set(heard) <= {long_before, say(service, "Tell me all.", 1000)}
     # The answers are those of the bundle when it is served alone.
-    deploy(other, "alone", "/alone", {"ui": False, "phi.threads": 1, "phi.kv_cache_bytes": 60_000_000})
+    deploy(other, "alone", "/alone", ALIKE)
     alone = Service(service.base_url + "/alone", "other", "alone")
     assert after == {text: say(alone, text) for text in ("Hello", "Who are you?")} | {"picture": say(alone, PICTURE)}
     assert [model.id for model in service.client().models.list()] == ["tiny"]

@@ -218,7 +218,7 @@ def fleet(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def _fleet(bundle: Bundle, notes: Path) -> Iterator[Fleet]:
-    from tests.serve_apps.conftest import deploy, own_serve
+    from tests.serve_apps.conftest import NO_SOUND, SMALL_LM, deploy, own_serve
 
     with own_serve() as port:
         overrides = {
@@ -227,10 +227,8 @@ def _fleet(bundle: Bundle, notes: Path) -> Iterator[Fleet]:
             "phi.autoscaling": None,
             "phi.num_replicas": 2,
             "phi.routing_imbalance": IMBALANCE,
-            "phi.threads": 1,
-            "phi.kv_cache_bytes": 60_000_000,
         }
-        yield Fleet(deploy(bundle, "mmllm", "/", overrides), notes)
+        yield Fleet(deploy(bundle, "mmllm", "/", overrides | NO_SOUND | SMALL_LM), notes)
 
 
 @pytest.mark.slow

@@ -14,12 +14,23 @@ import pytest
 
 from mmllm_core.bundle import Bundle
 from serve_apps.api_keys import ApiKey, add_key
-from tests.serve_apps.conftest import BOTH_PROXIES, SERVE_AND_LONG_HAPROXY, Proxy, Service, deploy, free_port, own_serve
+from tests.serve_apps.conftest import (
+    BOTH_PROXIES,
+    SERVE_AND_LONG_HAPROXY,
+    TEXT_ALONE,
+    Proxy,
+    Service,
+    config_file,
+    deploy,
+    free_port,
+    own_serve,
+)
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
-LIGHT = {"ui": False, "phi.threads": 1, "phi.kv_cache_bytes": 60_000_000}
+LIGHT = TEXT_ALONE | {"phi.autoscaling.min_replicas": 0}
+"""Nobody is answered: what listens is not the models."""
 
 
 def listeners(family: psutil.Process) -> list[tuple[str, str, int]]:
@@ -78,7 +89,9 @@ def serving(bundle: Bundle, proxy: Proxy, folder: Path) -> Iterator[tuple[subpro
     """`mmllm serve` of its own, ready."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "MMLLM_HOME")} | {"PYTHONPATH": os.getcwd()}
     port = free_port()
-    command = [sys.executable, "-m", "cluster.cli", "serve", "--bundle", str(bundle.folder), "--port", str(port)]
+    config = config_file(folder, LIGHT)
+    command = [sys.executable, "-m", "cluster.cli", "serve", "--bundle", str(bundle.folder)]
+    command += ["--profile", str(config), "--port", str(port)]
     log = folder / "serve.log"
     with (
         log.open("w") as errors,

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ray import serve
@@ -12,7 +13,7 @@ from cluster.server import local_config, serving
 from mmllm_core.bundle import Bundle
 from serve_apps.builder import APP_NAME
 from tests.serve_apps.bundles import adapted
-from tests.serve_apps.conftest import Service, free_port
+from tests.serve_apps.conftest import SMALL_LM, TEXT_ALONE, Service, config_file, free_port
 
 pytestmark = pytest.mark.slow
 
@@ -22,13 +23,15 @@ def say(service: Service) -> str:
     return service.client().chat.completions.create(**body).choices[0].message.content or ""
 
 
-def test_reload_in_another_terminal_finds_what_serve_started(bundle: Bundle) -> None:
+def test_reload_in_another_terminal_finds_what_serve_started(bundle: Bundle, tmp_path: Path) -> None:
     other = adapted(bundle, "other", seed=1)
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "MMLLM_HOME")}
     environment["PYTHONPATH"] = os.getcwd()
     command = [sys.executable, "-m", "cluster.cli"]
     port = free_port()
-    serve_command = [*command, "serve", "--bundle", str(bundle.folder), "--port", str(port)]
+    config = config_file(tmp_path, TEXT_ALONE | SMALL_LM)
+    what = ["--bundle", str(bundle.folder), "--profile", str(config), "--port", str(port)]
+    serve_command = [*command, "serve", *what]
     with subprocess.Popen(serve_command, env=environment, stdout=subprocess.PIPE, text=True) as serving_process:
         try:
             assert serving_process.stdout is not None
@@ -51,7 +54,7 @@ def test_a_serve_that_others_use_goes_on(bundle: Bundle, serve_port: int) -> Non
             return "theirs"
 
     theirs = serve.run(Theirs.bind(), name="theirs", route_prefix="/theirs")
-    config = local_config("embedded", serve_port, {"ui": False, "phi.threads": 1, "phi.kv_cache_bytes": 60_000_000})
+    config = local_config("embedded", serve_port, TEXT_ALONE | SMALL_LM)
     with serving(bundle, config) as url:
         assert say(Service(url, bundle.info.name, APP_NAME))
     assert set(serve.status().applications) == {"theirs"}
