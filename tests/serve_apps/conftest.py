@@ -105,7 +105,6 @@ def own_serve(
 ) -> Iterator[int]:
     """Ray and Serve that end with the block, and the port of HTTP at `host`."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_metrics_report_interval_ms", "500")
     import ray
     from ray import serve
 

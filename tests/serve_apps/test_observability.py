@@ -18,7 +18,17 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from mmllm_core.bundle import Bundle
 from serve_apps.api_keys import ApiKey, add_key
-from tests.serve_apps.conftest import Service, audio_part, deploy, image_part, image_uri, text_part, wav
+from tests.serve_apps.conftest import (
+    Proxy,
+    Service,
+    audio_part,
+    deploy,
+    image_part,
+    image_uri,
+    own_serve,
+    text_part,
+    wav,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -63,6 +73,15 @@ def collector() -> Iterator[Collector]:
     collector = Collector()
     yield collector
     collector.close()
+
+
+@pytest.fixture(scope="module")
+def serve_port(proxy: Proxy) -> Iterator[int]:
+    """Whose metrics need not be waited for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_metrics_report_interval_ms", "500")
+        with own_serve(proxy=proxy) as port:
+            yield port
 
 
 @pytest.fixture(scope="module")
