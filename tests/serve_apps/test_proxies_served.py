@@ -17,6 +17,7 @@ from serve_apps.api_keys import ApiKey, add_key
 from tests.serve_apps.conftest import (
     BOTH_PROXIES,
     SERVE_AND_LONG_HAPROXY,
+    SMALL_LM,
     TEXT_ALONE,
     Proxy,
     Service,
@@ -29,8 +30,7 @@ from tests.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
-LIGHT = TEXT_ALONE | {"phi.autoscaling.min_replicas": 0}
-"""Nobody is answered: what listens is not the models."""
+LIGHT = TEXT_ALONE | SMALL_LM
 
 
 def listeners(family: psutil.Process) -> list[tuple[str, str, int]]:
