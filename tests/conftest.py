@@ -65,6 +65,9 @@ CONTROL_TOKENS = (
 VOCABULARY = 400
 """Rows of every tiny LM's embeddings: more than the tokenizer uses."""
 
+# Ray's own 15 leaves replicas and workers a small part of a core while another test computes beside them.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; what tests start would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
