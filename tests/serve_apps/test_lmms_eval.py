@@ -78,9 +78,9 @@ def task(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lmms_eval() -> Path:
-    """Its program."""
+    """Its program; sought before a service is started for it."""
     program = os.environ.get("MMLLM_TEST_LMMS_EVAL")
     if not program:
         pytest.skip("no lmms-eval: install lmms-eval elsewhere and name its program in MMLLM_TEST_LMMS_EVAL")

@@ -30,19 +30,28 @@ def recipes() -> list[str]:
     return [name for name, r in loaded.items() if isinstance(r, Recipe) and r.profile == "embedded"]
 
 
-def first_losses(name: str, count: int = N_LOSSES) -> list[float]:
-    """Losses of a recipe's first steps, by one worker."""
+def first_losses(names: list[str], count: int = N_LOSSES) -> dict[str, list[float]]:
+    """Losses of recipes' first steps, by one worker, which takes one recipe after another."""
     with tempfile.TemporaryDirectory() as place:
-        torch.multiprocessing.spawn(_train, (name, count, place, str(home())), nprocs=1)
-        found: list[float] = json.loads((Path(place) / "losses.json").read_text())
-    return found
+        torch.multiprocessing.spawn(_train_all, (names, count, Path(place), str(home())), nprocs=1)
+        return {name: json.loads((Path(place) / f"{name}.json").read_text()) for name in names}
 
 
-def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> None:
+def _train_all(_rank: int, names: list[str], count: int, place: Path, home_folder: str) -> None:
     os.environ["MMLLM_HOME"] = home_folder
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     import torch.distributed as dist
 
+    from train_jobs.zero import import_deepspeed
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    import_deepspeed("cpu").init_distributed("gloo")
+    clip = _seeded_clip(place / "clip")
+    for name in names:
+        (place / f"{name}.json").write_text(json.dumps(_train(name, count, clip)))
+
+
+def _train(name: str, count: int, clip: Path) -> list[float]:
     from mmllm_core.language import load_tokenizer
     from mmllm_core.models.resolve import resolve
     from mmllm_core.vision import ClipEncoder
@@ -53,15 +62,11 @@ def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> N
     from train_jobs.training_data import Encoding, step_batches
     from train_jobs.training_step import seed_step, training_step
     from train_jobs.word_alignment_stage import align_connector
-    from train_jobs.zero import import_deepspeed, initialise_deepspeed
+    from train_jobs.zero import initialise_deepspeed
 
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    import_deepspeed("cpu").init_distributed("gloo")
     recipe = load_training_recipe(name)
     profile = recipe_profile(recipe)
     profile = profile.model_copy(update={"language": profile.language.model_copy(update={"dtype": "float32"})})
-    clip = _seeded_clip(Path(place) / "clip")
     encoder = ClipEncoder(profile.vision, clip)
     language = resolve(profile.language.source)
     origins = Origins(language, clip, encoder.fingerprint, encoder.d_vision, encoder.n_patches)
@@ -79,7 +84,7 @@ def _train(_rank: int, name: str, count: int, place: str, home_folder: str) -> N
             group["lr"] = learning_rates(recipe, step)[group["name"]]
         seed_step(recipe.seed, step, 0)
         losses.append(round(training_step(engine, batches, step=step).loss, 5))
-    (Path(place) / "losses.json").write_text(json.dumps(losses))
+    return losses
 
 
 def _seeded_clip(folder: Path) -> Path:
@@ -115,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     known = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name in options.recipes:
-        found = first_losses(name)
+        found = first_losses([name])[name]
         print(name, found[0], "->", found[-1], flush=True)
         if not options.check:
             known[name] = found
