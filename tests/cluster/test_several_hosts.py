@@ -18,7 +18,7 @@ from tests.cluster.hosts import ISOLATED
 from tests.train_jobs.conftest import TinyRecipe, tiny_home, tiny_recipe  # noqa: F401
 from train_jobs.progress import step_lines
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1800)]
 
 STEPS = 40
 
