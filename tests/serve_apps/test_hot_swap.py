@@ -24,7 +24,7 @@ from serve_apps.phi_app import PhiDeployment
 from serve_apps.prompt import Prompt
 from serve_apps.served_bundles import ServedBundle, ServedBundles, base_of, require_base
 from tests.serve_apps.bundles import adapted
-from tests.serve_apps.conftest import NO_SOUND, SMALL_LM, Service, deploy, image_part, image_uri, text_part
+from tests.serve_apps.conftest import NO_SOUND, SMALL_LM, ServeHere, Service, deploy, image_part, image_uri, text_part
 
 ALIKE = NO_SOUND | SMALL_LM | {"ui": False}
 CONFIG = load_serve_config("embedded", ALIKE)
@@ -51,7 +51,7 @@ PICTURE = [image_part(image_uri("red")), text_part("What is it?")]
 
 @pytest.mark.slow
 def test_another_bundle_answers_without_a_failed_request(
-    swapped_service: Service, bundle: Bundle, other: Bundle
+    swapped_service: Service, serve_here: ServeHere, other: Bundle
 ) -> None:
     service = swapped_service
     before = {text: say(service, text) for text in ("Hello", "Who are you?")} | {"picture": say(service, PICTURE)}
@@ -84,8 +84,7 @@ def test_another_bundle_answers_without_a_failed_request(
     assert long_before in heard
     assert set(heard) <= {long_before, say(service, "Tell me all.", 1000)}
     # The answers are those of the bundle when it is served alone.
-    deploy(other, "alone", "/alone", ALIKE)
-    alone = Service(service.base_url + "/alone", "other", "alone")
+    alone = serve_here(other, ALIKE)
     assert after == {text: say(alone, text) for text in ("Hello", "Who are you?")} | {"picture": say(alone, PICTURE)}
     assert [model.id for model in service.client().models.list()] == ["tiny"]
 
