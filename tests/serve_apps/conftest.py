@@ -109,10 +109,11 @@ def own_serve(
     from ray import serve
 
     from cluster.local import end_quietly
+    from cluster.ray_record import token_is_named
     from serve_apps.config import HttpConfig
     from serve_apps.haproxy import proxies_of
 
-    port = free_port()
+    port, named = free_port(), token_is_named()
     with (
         proxies_of(HttpConfig(host=host, port=port, proxy=proxy), limits or Limits()) as proxies,
         pytest.MonkeyPatch.context() as patch,
@@ -133,6 +134,8 @@ def own_serve(
         finally:
             end_quietly(serve.shutdown)
             end_quietly(ray.shutdown)
+            if not named:
+                os.environ.pop("RAY_AUTH_MODE", None)  # which Ray has set, and with which its token would be asked for
 
 
 NO_SOUND = {"whisper.autoscaling.min_replicas": 0}
